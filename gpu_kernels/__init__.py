@@ -1,0 +1,1 @@
+"""CUDA C++ kernels for experts and their CuPy launchers. CuPy is imported only when one is used."""

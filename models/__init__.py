@@ -1,0 +1,1 @@
+"""The edge to transformers: checkpoint reading, model specifications and weight-free skeletons."""

@@ -1,0 +1,1 @@
+"""Routing traces, predictors of the next layers' experts, their training and their metrics."""
