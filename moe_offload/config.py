@@ -1,0 +1,90 @@
+"""`MoeOffloadConfig` and its quantizer: how transformers' `from_pretrained` comes to build our engine.
+
+Importing this module registers both with transformers, and the experts function with its experts interface.
+"""
+
+import json
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from moe_offload.engine import Engine, Progress
+from moe_offload.memory import require_memory
+from moe_offload.models import experts_function
+from moe_offload.models.checkpoint import Checkpoint
+from moe_offload.models.errors import OptionError
+from moe_offload.models.expert_weights import ExpertWeights
+from moe_offload.models.skeleton import Skeleton, SkeletonQuantizer
+from moe_offload.models.spec import MoeSpec
+from moe_offload.options import Options, Weights
+
+METHOD = "moe_offload"
+
+
+@register_quantization_config(METHOD)
+class MoeOffloadConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """Load a model with its experts left in the checkpoint: `from_pretrained(path, quantization_config=MoeOffloadConfig())`.
+
+    Parameters are those of `Options`. `inner` is the configuration of a checkpoint that is quantised already, as in its
+    config.json; `moe_offload.load` fills it in. `progress` is called while kernels are compiled.
+    """
+
+    def __init__(
+        self,
+        weights: Weights = "auto",
+        threads: int | None = None,
+        memory_limit: int | None = None,
+        gemm_rows: int | None = None,
+        *,
+        inner: dict[str, Any] | None = None,
+        progress: Progress | None = None,
+        quant_method: str = METHOD,
+    ) -> None:
+        if quant_method != METHOD:
+            raise OptionError(f"quant_method={quant_method!r} is not {METHOD!r}")
+        self.quant_method = METHOD
+        self.options = Options(weights, threads, memory_limit, gemm_rows)
+        self.inner = inner
+        self.progress = progress
+
+    def to_dict(self) -> dict[str, Any]:
+        """What goes into a serialised configuration: the options that differ from their defaults."""
+        values = {name: getattr(self.options, name) for name in Options.__slots__}
+        default = Options()
+        changed = {name: value for name, value in values.items() if value != getattr(default, name)}
+        return {"quant_method": METHOD, **changed}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+
+@register_quantizer(METHOD)
+class MoeOffloadQuantizer(SkeletonQuantizer):
+    """Checks the options against the model, and puts the engine behind its experts."""
+
+    def check(self, spec: MoeSpec, checkpoint: Checkpoint, weights: dict[str, ExpertWeights]) -> None:
+        options: Options = self.quantization_config.options
+        stored = sorted({each.format for each in weights.values()})
+        if options.weights != "auto" and stored != [options.weights]:
+            raise OptionError(
+                f"weights={options.weights!r}, but the experts are stored as {', '.join(stored)}: "
+                "give that, or 'auto'"
+            )
+        expert_keys = set().union(*(each.keys for each in weights.values()))
+        others = [record for name, record in checkpoint.records.items() if name not in expert_keys]
+        # FP8 weights outside of the experts are loaded as 16-bit ones.
+        needed = sum(r.nbytes * (2 if r.dtype.startswith("F8") else 1) for r in others)
+        require_memory(needed, options.memory_limit, "the non-expert weights")
+
+    def attach(self, model: PreTrainedModel, skeleton: Skeleton, dtype: torch.dtype) -> None:
+        config: MoeOffloadConfig = self.quantization_config
+        model.offload = Engine(model, skeleton, config.options, dtype, config.progress)
+
+
+experts_function.register()
