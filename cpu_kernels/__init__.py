@@ -1,1 +1,18 @@
 """Numba kernels for experts, the thread team that runs them, and the instruction-set choice."""
+
+from moe_offload.cpu_kernels.experts import ExpertKernel, warm_up
+from moe_offload.cpu_kernels.grouping import Groups, group_tokens
+from moe_offload.cpu_kernels.layout import Activation, ExpertLayout
+from moe_offload.cpu_kernels.processors import default_threads
+from moe_offload.cpu_kernels.team import ThreadTeam
+
+__all__ = [
+    "Activation",
+    "ExpertKernel",
+    "ExpertLayout",
+    "Groups",
+    "ThreadTeam",
+    "default_threads",
+    "group_tokens",
+    "warm_up",
+]

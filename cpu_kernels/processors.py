@@ -1,0 +1,74 @@
+"""How many threads this process should use."""
+
+import os
+import sys
+from pathlib import Path
+
+import psutil
+
+
+def default_threads() -> int:
+    """Physical cores that the affinity mask allows, not above the cgroup's CPU quota.
+
+    A second hyperthread of a core adds nothing to a kernel that waits for memory.
+    """
+    allowed = _allowed_cpus()
+    cores = {_core_of(cpu) for cpu in allowed} if sys.platform == "linux" else set()
+    count = len(cores) or min(psutil.cpu_count(logical=False) or 1, len(allowed))
+    quota = _cgroup_cpus(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
+    return max(1, min(count, int(quota))) if quota is not None else max(1, count)
+
+
+def _allowed_cpus() -> list[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def _core_of(cpu: int, system: Path = Path("/sys/devices/system/cpu")) -> str:
+    """A name for the physical core of a logical CPU; each its own where the kernel is silent."""
+    topology = system / f"cpu{cpu}" / "topology"
+    for name in ("core_cpus_list", "thread_siblings_list"):
+        try:
+            return (topology / name).read_text().strip()
+        except OSError:
+            continue
+    return str(cpu)
+
+
+def _cgroup_cpus(membership: Path, mount: Path) -> float | None:
+    """The tightest CPU quota on the way from this process's cgroup to the root, in CPUs."""
+    quotas = []
+    try:
+        lines = membership.read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":  # version 2
+            folder = mount / path.lstrip("/")
+        elif "cpu" in controllers.split(","):
+            folder = mount / "cpu" / path.lstrip("/")
+        else:
+            continue
+        # inside a container the path may name what only the host can see: its parents remain
+        for place in (folder, *folder.parents):
+            quotas.append(_quota_of(place))
+            if place == mount:
+                break
+    limits = [quota for quota in quotas if quota is not None]
+    return min(limits) if limits else None
+
+
+def _quota_of(folder: Path) -> float | None:
+    try:
+        limit, period = (folder / "cpu.max").read_text().split()
+        return None if limit == "max" else int(limit) / int(period)
+    except (OSError, ValueError):
+        pass
+    try:
+        quota = int((folder / "cpu.cfs_quota_us").read_text())
+        period_us = int((folder / "cpu.cfs_period_us").read_text())
+    except (OSError, ValueError):
+        return None
+    return quota / period_us if quota > 0 else None

@@ -1,0 +1,84 @@
+"""What the machine that Numba compiles for can do: vector width, FMA, half conversion.
+
+Asked of LLVM itself: a few lines of IR are compiled for Numba's CPU name and features, and the
+assembly is read. So NUMBA_CPU_NAME and NUMBA_CPU_FEATURES hold here as they hold for the kernels;
+a CPU's name alone (`haswell` with an empty feature list) says nothing through llvmlite otherwise.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import llvmlite.binding as llvm
+from numba.core.registry import cpu_target
+
+_PROBE = """
+target triple = "{triple}"
+define <16 x float> @wide(<16 x float> %a, <16 x float> %b) {{
+  %r = fadd <16 x float> %a, %b
+  ret <16 x float> %r
+}}
+"""
+_PROBE_FMA = """
+target triple = "{triple}"
+declare <4 x float> @llvm.fma.v4f32(<4 x float>, <4 x float>, <4 x float>)
+define <4 x float> @fused(<4 x float> %a, <4 x float> %b, <4 x float> %c) {{
+  %r = call <4 x float> @llvm.fma.v4f32(<4 x float> %a, <4 x float> %b, <4 x float> %c)
+  ret <4 x float> %r
+}}
+"""
+_PROBE_HALF = """
+target triple = "{triple}"
+define <4 x float> @half(ptr %p) {{
+  %h = load <4 x half>, ptr %p, align 1
+  %r = fpext <4 x half> %h to <4 x float>
+  ret <4 x float> %r
+}}
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The instruction set that kernels are emitted for."""
+
+    triple: str
+    cpu: str
+    features: str
+    lanes: int  # f32 lanes of one vector register
+    registers: int  # vector registers
+    fma: bool  # llvm.fma is one instruction; otherwise it would be a library call
+    half: bool  # f16 -> f32 is an instruction; otherwise it would be a library call
+
+    @property
+    def is_x86(self) -> bool:
+        return self.triple.startswith(("x86_64", "i386", "i586", "i686"))
+
+    @property
+    def is_arm64(self) -> bool:
+        return self.triple.startswith(("aarch64", "arm64"))
+
+
+@cache
+def current_target() -> Target:
+    """The target of Numba's JIT in this process."""
+    codegen = cpu_target.target_context.codegen()
+    triple, cpu, features = codegen.magic_tuple()
+    machine = llvm.Target.from_triple(triple).create_target_machine(cpu=cpu, features=features)
+
+    def assembly(source: str) -> str:
+        module = llvm.parse_assembly(source.format(triple=triple))
+        text: str = machine.emit_assembly(module)
+        return "\n".join(line for line in text.splitlines() if "cfi" not in line)
+
+    wide = assembly(_PROBE)
+    lanes = 16 if "zmm" in wide else 8 if "ymm" in wide else 4
+    fused, half = assembly(_PROBE_FMA), assembly(_PROBE_HALF)
+    x86 = triple.startswith(("x86_64", "i386", "i586", "i686"))
+    return Target(
+        triple=triple,
+        cpu=cpu,
+        features=features,
+        lanes=lanes,
+        registers=32 if lanes == 16 or not x86 else 16,
+        fma="vfm" in fused or "fmla" in fused or "fmadd" in fused,
+        half="vcvtph2ps" in half or "fcvt" in half,
+    )
