@@ -1,13 +1,15 @@
 """Dot products of weight rows with several tokens: the inner loop of row-major experts.
 
-A tile takes 2 (or 4) weight rows and T tokens. Each (row, token) pair has ONE vector of partial
-sums, which walks the row from its begin to its end, and one order in which its lanes are added.
-So a number does not depend on the tile that computed it: not on the thread count, not on where
-a block of rows ends, not on how many tokens share the expert.
+A tile takes 4 weight rows and T tokens. Each (row, token) pair has ONE vector of partial sums,
+which walks the row from its begin to its end, and one order in which its lanes are added. So a
+number does not depend on the tile that computed it: not on the thread count, not on where a
+block of rows ends, not on how many tokens share the expert.
 
-The rows of a tile lie far apart (gate and up, or the halves of a block), so that each is a
-sequential stream through memory: two streams reach what one cannot, and a prefetch ahead of a
-row's end falls on the row that the same stream reads next.
+The rows of a tile lie far apart (the halves of a block of gate rows and of up rows, or the
+quarters of a block of down rows), so that each is a sequential stream through memory, and a
+prefetch ahead of a row's end falls on the row that the same stream reads next. Four rows rather
+than two, because the f32 inputs of four tokens do not fit L1 beside the weights: each vector of
+them that comes from L2 has to feed four products.
 """
 
 from typing import Any
@@ -21,26 +23,31 @@ LINE = 64
 
 
 def make_dot(dtype: WeightType, rows: int, tokens: int, lanes: int) -> Any:
-    """Intrinsic (row_a, row_b, xs, count, dst_a, dst_b, stride_a, stride_b).
+    """Intrinsic (a, b, gap, xs, count, dst_a, dst_b, dst_gap, stride_a, stride_b).
 
+    Four rows: at a, a + gap, b, b + gap; one row: at a.
     xs: address of `tokens` int64 addresses of f32 vectors of `count` elements.
-    Stores row_a . x[t] at dst_a + t * stride_a (bytes), and with two rows likewise for b.
+    The row at a times x[t] is stored at dst_a + t * stride_a, its neighbour's dst_gap further on;
+    likewise b. All in bytes.
     """
+    assert rows in (1, 4)
     size = ELEMENT_BYTES[dtype]
     unroll = max(2, LINE // (lanes * size))  # whole cache lines, so that each is prefetched once
 
     def emit(
         em: Emitter,
-        row_a: Value,
-        row_b: Value,
+        a: Value,
+        b: Value,
+        gap: Value,
         xs: Value,
         count: Value,
         dst_a: Value,
         dst_b: Value,
+        dst_gap: Value,
         stride_a: Value,
         stride_b: Value,
     ) -> None:
-        weights = [row_a, row_b][:rows]
+        weights = [a, em.add(a, gap), b, em.add(b, gap)][:rows]
         inputs = [em.load(I64, xs, 8 * t) for t in range(tokens)]
         zero = em.const(vector(F32, lanes), 0.0)
 
@@ -70,9 +77,10 @@ def make_dot(dtype: WeightType, rows: int, tokens: int, lanes: int) -> Any:
         sums = em.loop(blocks, whole, lanes, sums, step(1, lanes, False))
         totals = [em.sum_lanes(value) for value in sums]
         totals = em.loop(whole, count, 1, totals, step(1, 1, False))
-        for t in range(tokens):
-            em.store(totals[t], dst_a, em.mul(stride_a, t))
-            if rows == 2:
-                em.store(totals[tokens + t], dst_b, em.mul(stride_b, t))
+        for r in range(rows):
+            target, stride = (dst_a, stride_a) if r < 2 else (dst_b, stride_b)
+            target = em.add(target, dst_gap) if r % 2 else target
+            for t in range(tokens):
+                em.store(totals[r * tokens + t], target, em.mul(stride, t))
 
-    return micro_kernel(f"dot_{dtype}_{rows}x{tokens}", "iiiiiiii:v", emit)
+    return micro_kernel(f"dot_{dtype}_{rows}x{tokens}", "iiiiiiiiii:v", emit)

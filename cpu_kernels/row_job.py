@@ -29,32 +29,33 @@ from moe_offload.cpu_kernels.memory import (
 _inline = njit(nogil=True, error_model="numpy", boundscheck=False)
 
 
-def _make_tiles(dtype: WeightType, rows: int, lanes: int) -> Any:
-    """dot products of one or two weight rows with any number of tokens."""
-    dot4, dot2, dot1 = (make_dot(dtype, rows, tokens, lanes) for tokens in (4, 2, 1))
+def _make_tiles(dtype: WeightType, lanes: int) -> tuple[Any, Any]:
+    """Dot products of four weight rows, or of one, with any number of tokens."""
+    dot4, dot2, dot1 = (make_dot(dtype, 4, tokens, lanes) for tokens in (4, 2, 1))
+    single_dot = make_dot(dtype, 1, 1, lanes)
 
     @_inline
-    def tiles(row_a, row_b, xs, tokens, count, dst_a, dst_b, stride_a, stride_b):  # type: ignore[no-untyped-def]
+    def four(a, b, gap, xs, tokens, count, to_a, to_b, to_gap, step_a, step_b):  # type: ignore[no-untyped-def]
         t = 0
         while tokens - t >= 4:
-            dot4(
-                row_a, row_b, xs + 8 * t, count,
-                dst_a + t * stride_a, dst_b + t * stride_b, stride_a, stride_b,
-            )  # fmt: skip
+            at_a, at_b = to_a + t * step_a, to_b + t * step_b
+            dot4(a, b, gap, xs + 8 * t, count, at_a, at_b, to_gap, step_a, step_b)
             t += 4
         if tokens - t >= 2:
-            dot2(
-                row_a, row_b, xs + 8 * t, count,
-                dst_a + t * stride_a, dst_b + t * stride_b, stride_a, stride_b,
-            )  # fmt: skip
+            at_a, at_b = to_a + t * step_a, to_b + t * step_b
+            dot2(a, b, gap, xs + 8 * t, count, at_a, at_b, to_gap, step_a, step_b)
             t += 2
         if tokens - t >= 1:
-            dot1(
-                row_a, row_b, xs + 8 * t, count,
-                dst_a + t * stride_a, dst_b + t * stride_b, stride_a, stride_b,
-            )  # fmt: skip
+            at_a, at_b = to_a + t * step_a, to_b + t * step_b
+            dot1(a, b, gap, xs + 8 * t, count, at_a, at_b, to_gap, step_a, step_b)
 
-    return tiles
+    @_inline
+    def one(row, xs, tokens, count, to, step):  # type: ignore[no-untyped-def]
+        """Only for what is left of an odd number of rows: not worth tiles of its own."""
+        for t in range(tokens):
+            single_dot(row, 0, 0, xs + 8 * t, count, to + t * step, 0, 0, 0, 0)
+
+    return four, one
 
 
 def make_row_job(
@@ -62,21 +63,34 @@ def make_row_job(
 ) -> Callable[..., Any]:
     """The job function `(thread, args)`, to be compiled as "void(int64,int64)"."""
     size = ELEMENT_BYTES[dtype]
-    pair, single = _make_tiles(dtype, 2, lanes), _make_tiles(dtype, 1, lanes)
+    four, one = _make_tiles(dtype, lanes)
     activate = make_activate(kind, gated, 1, lanes)
 
     @_inline
-    def matrix(weights, stride, rows, xs, tokens, count, dst, dst_stride):  # type: ignore[no-untyped-def]
-        """dst[t][r] = weights[r] . x[t], the rows in two halves: two streams."""
+    def two_matrices(gate, up, stride, rows, xs, tokens, count, to_a, to_b, step_a, step_b):  # type: ignore[no-untyped-def]
+        """to_a[t][r] = gate[r] . x[t], to_b[t][r] = up[r] . x[t]: two streams in each."""
         half = rows // 2
+        gap = half * stride
         for r in range(half):
-            pair(
-                weights + r * stride, weights + (half + r) * stride, xs, tokens, count,
-                dst + 4 * r, dst + 4 * (half + r), dst_stride, dst_stride,
-            )  # fmt: skip
-        if rows > 2 * half:
-            r = rows - 1
-            single(weights + r * stride, 0, xs, tokens, count, dst + 4 * r, 0, dst_stride, 0)
+            a, b = gate + r * stride, up + r * stride
+            four(a, b, gap, xs, tokens, count, to_a + 4 * r, to_b + 4 * r, 4 * half, step_a, step_b)
+        for r in range(2 * half, rows):
+            one(gate + r * stride, xs, tokens, count, to_a + 4 * r, step_a)
+            one(up + r * stride, xs, tokens, count, to_b + 4 * r, step_b)
+
+    @_inline
+    def matrix(weights, stride, rows, xs, tokens, count, to, step):  # type: ignore[no-untyped-def]
+        """to[t][r] = weights[r] . x[t]: four streams."""
+        quarter = rows // 4
+        gap = quarter * stride
+        for r in range(quarter):
+            a = weights + r * stride
+            b = a + 2 * gap
+            to_a = to + 4 * r
+            to_b = to_a + 8 * quarter
+            four(a, b, gap, xs, tokens, count, to_a, to_b, 4 * quarter, step, step)
+        for r in range(4 * quarter, rows):
+            one(weights + r * stride, xs, tokens, count, to + 4 * r, step)
 
     @_inline
     def first(args, local, entry, start, stop):  # type: ignore[no-untyped-def]
@@ -102,12 +116,10 @@ def make_row_job(
             xs = inputs + 8 * begin
             h = load_i64(middles + 8 * begin) + 4 * start
             if gated:
-                for i in range(count):
-                    at = (start + i) * stride
-                    pair(
-                        gate + at, up + at, xs, tokens, hidden,
-                        h + 4 * i, local + 4 * i, middle_bytes, local_stride,
-                    )  # fmt: skip
+                a, b = gate + start * stride, up + start * stride
+                two_matrices(
+                    a, b, stride, count, xs, tokens, hidden, h, local, middle_bytes, local_stride
+                )
             else:
                 matrix(up + start * stride, stride, count, xs, tokens, hidden, h, middle_bytes)
             for t in range(tokens):
