@@ -84,6 +84,11 @@ class Engine:
         return self._team.threads
 
     @property
+    def weights(self) -> str:
+        """Format of the expert weights as they are read, such as "bf16"; several where layers differ."""
+        return ", ".join(sorted({each.format for each in self._skeleton.weights.values()}))
+
+    @property
     def closed(self) -> bool:
         """Whether `close()` or `detach()` has been called."""
         return self._closed
