@@ -1,0 +1,232 @@
+"""The command `moe-offload`: generate, chat, info.
+
+Results go to stdout, everything else to stderr. Exit codes: 0, 1 for a bug, 2 for what the user can mend, 130 after Ctrl-C,
+141 when the reader of stdout has gone. torch and transformers are imported by the commands, not with this module.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moe_offload import __version__, cli_options, terminal
+from moe_offload.models.errors import MoeOffloadError, OptionError
+from moe_offload.opening import ModelOptions, import_libraries, open_model
+from moe_offload.sampling import Sampling
+
+INTERRUPTED = 130  # 128 + SIGINT, as a shell counts
+OUTPUT_CLOSED = 141  # 128 + SIGPIPE
+
+app = typer.Typer(
+    help="Run Hugging Face Mixture-of-Experts models on the servers people already have.",
+    epilog="Try it: moe-offload generate demo -p 'def main():'",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    verbose = "--verbose" in given
+    try:
+        with terminal.notes(verbose):
+            code = app(args=given or ["--help"], prog_name="moe-offload", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except MoeOffloadError as error:
+        terminal.error(str(error))
+        return 2
+    except terminal.OutputClosedError:
+        terminal.discard_output()
+        return OUTPUT_CLOSED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception as error:
+        if hasattr(
+            error, "format_message"
+        ):  # typer's (or click's) own: an unknown option, a missing argument
+            terminal.error(error.format_message())
+            return int(getattr(error, "exit_code", 2))
+        if type(error).__name__ == "Abort":  # click's way of saying KeyboardInterrupt
+            return INTERRUPTED
+        if verbose:
+            raise
+        terminal.error(
+            f"{type(error).__name__}: {error} (this should not happen; --verbose shows where)"
+        )
+        return 1
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"moe-offload {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _global(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def generate(
+    model: cli_options.Model,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="The text to continue.")
+    ] = None,
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="Read the prompt from a file. Without either it is read from standard input."
+        ),
+    ] = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--raw",
+            show_default=False,
+            help="--chat: the prompt is a question, put in the model's chat template (for models tuned to instructions). "
+            "--raw, the default: the model continues the prompt as it is.",
+        ),
+    ] = None,
+    temperature: cli_options.Temperature = None,
+    top_k: cli_options.TopK = None,
+    top_p: cli_options.TopP = None,
+    min_p: cli_options.MinP = None,
+    repetition_penalty: cli_options.RepetitionPenalty = None,
+    greedy: cli_options.Greedy = False,
+    seed: cli_options.Seed = None,
+    max_new_tokens: cli_options.MaxNewTokens = None,
+    threads: cli_options.Threads = None,
+    weights: cli_options.Weights = "auto",
+    dtype: cli_options.Dtype = "auto",
+    memory_limit: cli_options.MemoryLimit = None,
+    attn_implementation: cli_options.AttnImplementation = None,
+    revision: cli_options.Revision = None,
+    as_json: cli_options.Json = False,
+    verbose: cli_options.Verbose = False,
+) -> int:
+    """Continue a text, printing it as it comes.
+
+    The text goes to stdout, everything else to stderr. One line end at the end of a file or of standard input is not
+    part of the prompt.
+    """
+    sampling = Sampling(
+        temperature, top_k, top_p, min_p, repetition_penalty, greedy, seed, max_new_tokens
+    )
+    options = ModelOptions(
+        model, weights, dtype, threads, cli_options.parse_size(memory_limit), attn_implementation, revision,
+        verbose, show_progress=not as_json,
+    )  # fmt: skip
+    text = _prompt(prompt, prompt_file)
+    opened = open_model(options)
+    from moe_offload.completion import complete
+
+    return complete(opened, text, sampling, chat=chat, as_json=as_json)
+
+
+@app.command()
+def chat(
+    model: cli_options.Model,
+    system: Annotated[
+        str, typer.Option(help="What the model is told before the conversation.")
+    ] = "",
+    temperature: cli_options.Temperature = None,
+    top_k: cli_options.TopK = None,
+    top_p: cli_options.TopP = None,
+    min_p: cli_options.MinP = None,
+    repetition_penalty: cli_options.RepetitionPenalty = None,
+    greedy: cli_options.Greedy = False,
+    seed: cli_options.Seed = None,
+    max_new_tokens: cli_options.MaxNewTokens = None,
+    threads: cli_options.Threads = None,
+    weights: cli_options.Weights = "auto",
+    dtype: cli_options.Dtype = "auto",
+    memory_limit: cli_options.MemoryLimit = None,
+    attn_implementation: cli_options.AttnImplementation = None,
+    revision: cli_options.Revision = None,
+    as_json: cli_options.Json = False,
+    verbose: cli_options.Verbose = False,
+) -> int:
+    """Talk with a model that is tuned for it.
+
+    Ctrl-C stops an answer, Ctrl-D leaves, /help lists the commands. From a pipe each line is one turn; with --json each
+    answer is one JSON object on a line.
+    """
+    sampling = Sampling(
+        temperature, top_k, top_p, min_p, repetition_penalty, greedy, seed, max_new_tokens
+    )
+    options = ModelOptions(
+        model, weights, dtype, threads, cli_options.parse_size(memory_limit), attn_implementation, revision,
+        verbose, show_progress=not as_json,
+    )  # fmt: skip
+    _require_text(system, "--system")
+    opened = open_model(options)
+    from moe_offload.completion import converse
+
+    return converse(opened, sampling, system=system, as_json=as_json)
+
+
+@app.command()
+def info(
+    model: cli_options.Model,
+    revision: cli_options.Revision = None,
+    as_json: cli_options.Json = False,
+    verbose: cli_options.Verbose = False,
+) -> None:
+    """Show what a model is and what it needs, without loading its weights."""
+    import_libraries(ModelOptions(model, verbose=verbose, show_progress=not as_json))
+    from moe_offload.report import make_report
+    from moe_offload.report_table import print_report
+
+    report = make_report(model, revision)
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        print_report(report)
+
+
+def _prompt(prompt: str | None, prompt_file: Path | None) -> str:
+    """The text of the prompt, from wherever it comes; OptionError when there is none."""
+    if prompt is not None and prompt_file is not None:
+        raise OptionError("--prompt and --prompt-file exclude each other: give one")
+    if prompt is not None:
+        text = _require_text(prompt, "--prompt")
+    elif prompt_file is not None:
+        text = cli_options.read_file(prompt_file)
+    else:
+        if sys.stdin.isatty():
+            terminal.note(
+                "type the prompt and end it with Ctrl-D on a line of its own (or give it with -p)"
+            )
+        text = cli_options.read_utf8(sys.stdin.buffer.read(), "standard input")
+    if not text:
+        raise OptionError(
+            "the prompt is empty: give -p TEXT, --prompt-file FILE or text on standard input"
+        )
+    return text
+
+
+def _require_text(text: str, flag: str) -> str:
+    """An argument's bytes that are no UTF-8 come as lone surrogates, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise OptionError(f"{flag} is not UTF-8 text (character {error.start})") from error
+    return text
+
+
+def print_json(content: dict[str, Any]) -> None:
+    """One object on stdout."""
+    terminal.write(json.dumps(content, ensure_ascii=False, indent=2) + "\n")

@@ -1,0 +1,159 @@
+"""The options that commands share, as typer wants them declared, and values with a unit."""
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moe_offload.models.errors import OptionError
+
+_SAMPLING = "Sampling (default: what the model's generation_config says)"
+_RUNNING = "How the model runs"
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        show_default=False,
+        help="A folder in Hugging Face format, the id of a model on the Hub, or 'demo' for the small one in this package.",
+    ),
+]
+Temperature = Annotated[
+    float | None,
+    typer.Option(
+        help="Higher is more varied; 0 always takes the most probable token.",
+        rich_help_panel=_SAMPLING,
+    ),
+]
+TopK = Annotated[
+    int | None,
+    typer.Option(
+        help="Choose among the K most probable tokens; 0: among all.", rich_help_panel=_SAMPLING
+    ),
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(
+        help="Choose among the most probable tokens that make up this probability.",
+        rich_help_panel=_SAMPLING,
+    ),
+]
+MinP = Annotated[
+    float | None,
+    typer.Option(
+        help="Leave out tokens less probable than this share of the best.",
+        rich_help_panel=_SAMPLING,
+    ),
+]
+RepetitionPenalty = Annotated[
+    float | None,
+    typer.Option(
+        help="Above 1, tokens seen before become less probable.", rich_help_panel=_SAMPLING
+    ),
+]
+Greedy = Annotated[
+    bool,
+    typer.Option(
+        "--greedy", help="Always take the most probable token.", rich_help_panel=_SAMPLING
+    ),
+]
+Seed = Annotated[
+    int | None, typer.Option(help="The same seed gives the same text.", rich_help_panel=_SAMPLING)
+]
+MaxNewTokens = Annotated[
+    int | None, typer.Option(help="Length of an answer at most.", rich_help_panel=_SAMPLING)
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        help="CPU threads; by default one for each physical core.", rich_help_panel=_RUNNING
+    ),
+]
+Weights = Annotated[
+    str,
+    typer.Option(
+        metavar="[auto|bf16|f16|f32|fp8|mxfp4]",
+        help="Format of the experts; auto: as stored.",
+        rich_help_panel=_RUNNING,
+    ),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        metavar="[auto|bf16|f16|f32]",
+        help="Format of everything else; auto: as stored.",
+        rich_help_panel=_RUNNING,
+    ),
+]
+MemoryLimit = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Memory the model may take, such as 512MB, 8GB or 8GiB.",
+        rich_help_panel=_RUNNING,
+    ),
+]
+AttnImplementation = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="As in transformers: sdpa, eager, ...", rich_help_panel=_RUNNING
+    ),
+]
+Revision = Annotated[
+    str | None,
+    typer.Option(help="Branch, tag or commit of a model on the Hub.", rich_help_panel=_RUNNING),
+]
+Json = Annotated[
+    bool, typer.Option("--json", help="Machine-readable results on stdout, no progress.")
+]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", help="Show what transformers and this program log.")
+]
+
+_UNITS = {
+    "": 1,
+    "K": 10**3,
+    "M": 10**6,
+    "G": 10**9,
+    "T": 10**12,
+    "KI": 2**10,
+    "MI": 2**20,
+    "GI": 2**30,
+    "TI": 2**40,
+}
+
+
+def parse_size(text: str | None) -> int | None:
+    """'8GB' -> 8000000000, '8GiB' -> 8589934592. Raises OptionError for what is no size."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?\s*", text, re.IGNORECASE | re.ASCII)
+    if match is None:
+        raise OptionError(f"--memory-limit {text} is no size: write it like 512MB, 8GB or 8GiB")
+    number, unit = match.groups()
+    size = int(float(number) * _UNITS[(unit or "").upper()])
+    if size < 1:
+        raise OptionError(f"--memory-limit {text} is out of bounds: it must be at least 1 byte")
+    return size
+
+
+def read_utf8(data: bytes, where: str) -> str:
+    """Text from a file or pipe, its last line end taken off. Raises OptionError for what is no UTF-8."""
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise OptionError(
+            f"{where} is not UTF-8 text: byte 0x{data[error.start]:02x} at position {error.start} ({error.reason})"
+        ) from error
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def read_file(path: Path) -> str:
+    """A prompt file. Raises OptionError when it cannot be read."""
+    try:
+        return read_utf8(path.read_bytes(), str(path))
+    except OSError as error:
+        raise OptionError(
+            f"cannot read the prompt file {path}: {error.strerror or error}"
+        ) from error

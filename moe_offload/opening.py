@@ -1,0 +1,145 @@
+"""From what the command line was given to a loaded model, in the order in which mistakes are cheapest to find."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from moe_offload import terminal
+from moe_offload.models.errors import OptionError
+from moe_offload.options import Options, Weights
+from moe_offload.progress import Activity
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = {"auto": "auto", "bf16": "bfloat16", "f16": "float16", "f32": "float32"}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOptions:
+    """Which model, and how to run it. Raises OptionError for values out of bounds."""
+
+    name: str
+    weights: str = "auto"
+    dtype: str = "auto"
+    threads: int | None = None
+    memory_limit: int | None = None
+    attn_implementation: str | None = None
+    revision: str | None = None
+    verbose: bool = False
+    show_progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise OptionError(f"--dtype {self.dtype} is not one of {', '.join(DTYPES)}")
+        if self.threads is not None and self.threads < 1:
+            raise OptionError(f"--threads {self.threads} is out of bounds: it must be at least 1")
+        Options(cast(Weights, self.weights), self.threads, self.memory_limit)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedModel:
+    """A model whose configuration and tokenizer are read, and whose weights are not."""
+
+    options: ModelOptions
+    folder: Path
+    config: "PreTrainedConfig"
+    tokenizer: "PreTrainedTokenizerBase"
+
+    def load(self) -> tuple["PreTrainedModel", float]:
+        """The model, and the seconds it took."""
+        import torch
+        from transformers.utils import logging
+
+        from moe_offload.loading import load
+
+        options = self.options
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
+        started = time.perf_counter()
+        with Activity(f"loading {options.name}", enabled=options.show_progress) as activity:
+
+            def on_tensors(factory: Any, args: Any, kwargs: Any) -> Any:
+                return _Counted(*args, activity=activity, **kwargs)
+
+            def on_kernels(what: str, done: int, total: int) -> None:
+                activity.update(f"compiling kernels ({what})", done, total, "kernels")
+
+            hook = logging.set_tqdm_hook(on_tensors)
+            try:
+                model = load(
+                    self.folder,
+                    weights=cast(Weights, options.weights),
+                    threads=options.threads,
+                    memory_limit=options.memory_limit,
+                    dtype=DTYPES[options.dtype],
+                    attn_implementation=options.attn_implementation,
+                    progress=on_kernels,
+                )
+            finally:
+                logging.set_tqdm_hook(hook)
+        return model, time.perf_counter() - started
+
+
+def open_model(options: ModelOptions) -> OpenedModel:
+    """Find the model (downloading it if it is on the Hub), read its configuration and tokenizer."""
+    import_libraries(options)
+    from moe_offload.loading import find_model, read_config
+    from moe_offload.prompts import read_tokenizer
+
+    folder = find_model(options.name, revision=options.revision)
+    return OpenedModel(options, folder, read_config(folder), read_tokenizer(folder))
+
+
+def import_libraries(options: ModelOptions) -> None:
+    """Import torch and transformers, which takes seconds, and have them speak only when asked."""
+    with Activity("starting", enabled=options.show_progress):
+        import huggingface_hub.utils
+        from transformers.utils import logging
+
+        import moe_offload.loading  # noqa: F401
+    if not options.verbose:
+        logging.set_verbosity(50)  # transformers logs as an error what it then raises
+    if not options.show_progress or not terminal.console().is_terminal:
+        huggingface_hub.utils.disable_progress_bars()
+
+
+class _Counted:
+    """In the place of transformers' tqdm: the same iteration, told to our line on the terminal."""
+
+    def __init__(
+        self,
+        items: Any = (),
+        *,
+        activity: Activity,
+        desc: str | None = None,
+        total: int | None = None,
+        **_: Any,
+    ) -> None:
+        self._items = items
+        self._activity = activity
+        self._what = (desc or "loading").lower()
+        self._total = (
+            total if total is not None else len(items) if hasattr(items, "__len__") else None
+        )
+        self._done = 0
+
+    def __iter__(self) -> Any:
+        for item in self._items:
+            yield item
+            self.update()
+
+    def update(self, count: int = 1) -> None:
+        self._done += count
+        self._activity.update(self._what, self._done, self._total, "tensors")
+
+    def __getattr__(self, name: str) -> Any:
+        """tqdm's other methods (set_description, close, ...): nothing to do."""
+        return lambda *args, **kwargs: None
+
+    def __enter__(self) -> "_Counted":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass

@@ -1,0 +1,127 @@
+"""What `moe-offload info` knows about a model: from its configuration and its files' headers, no weight read."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from moe_offload.loading import find_model, read_config
+from moe_offload.memory import Memory, detect_memory
+from moe_offload.models.checkpoint import Checkpoint
+from moe_offload.models.expert_weights import locate_experts
+from moe_offload.models.safetensors_header import DTYPE_BITS
+from moe_offload.models.spec import BITS_PER_WEIGHT, MoeSpec, build_skeleton
+
+# Formats to compare, widest first. What is not an expert stays in 16 bits in all of them.
+FORMATS = ("bf16", "int8", "int4", "mxfp4")
+
+Fit = Literal["fits", "fits, but not with what is free now", "runs from disk", "does not fit"]
+
+
+@dataclass(frozen=True, slots=True)
+class FormatSize:
+    """A model with its experts in one weight format, in bytes."""
+
+    format: str
+    bits_per_weight: float
+    expert_bytes: int
+    total_bytes: int
+    bytes_per_token: int  # of expert weights, for one token alone
+    fit: Fit
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """The checkpoint as it lies on disk."""
+
+    format: str
+    files: int
+    bytes: int
+    expert_bytes: int
+    non_expert_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """All that `info` prints."""
+
+    model: str
+    folder: Path
+    spec: MoeSpec
+    stored: Stored | None  # None: only the configuration is here
+    formats: tuple[FormatSize, ...]
+    memory: Memory
+
+    def to_dict(self) -> dict[str, Any]:
+        """For --json."""
+        spec = self.spec
+        return {
+            "model": self.model,
+            "folder": str(self.folder),
+            "model_type": spec.model_type,
+            "architecture": spec.architecture,
+            "layers": spec.num_layers,
+            "moe_layers": len(spec.layers),
+            "hidden_size": spec.hidden_size,
+            "experts": spec.layers[0].num_experts,
+            "experts_per_token": spec.layers[0].top_k,
+            "expert_intermediate_size": spec.layers[0].intermediate_size,
+            "vocabulary": spec.vocab_size,
+            "max_context": spec.max_context,
+            "total_params": spec.total_params,
+            "active_params": spec.active_params,
+            "expert_params": spec.expert_params,
+            "shared_expert_params": spec.shared_expert_params,
+            "stored": asdict(self.stored) if self.stored else None,
+            "formats": [asdict(each) for each in self.formats],
+            "memory_total": self.memory.total,
+            "memory_available": self.memory.available,
+        }
+
+
+def make_report(name: str, revision: str | None = None) -> Report:
+    """Read what is needed of the model called `name`. Raises as `load` does for what is wrong with it."""
+    folder = find_model(name, revision=revision, shards=False)
+    config = read_config(folder)
+    skeleton = build_skeleton(config)
+    spec = MoeSpec.from_hf(config, skeleton)
+    checkpoint = _checkpoint(folder)
+    stored = None
+    if checkpoint is not None:
+        located = locate_experts(skeleton, checkpoint, spec)
+        keys = set().union(*(weights.keys for weights in located.values()))
+        records = checkpoint.records
+        experts = sum(record.nbytes for key, record in records.items() if key in keys)
+        total = sum(record.nbytes for record in records.values())
+        stored = Stored(
+            ", ".join(sorted({weights.format for weights in located.values()})),
+            len({record.path for record in records.values()}), total, experts, total - experts,
+        )  # fmt: skip
+    memory = detect_memory()
+    others = spec.non_expert_params * DTYPE_BITS["BF16"] // 8
+    names = list(FORMATS)
+    if stored is not None and stored.format in BITS_PER_WEIGHT and stored.format not in names:
+        names.insert(0, stored.format)
+    formats = tuple(
+        FormatSize(
+            each, BITS_PER_WEIGHT[each], spec.expert_bytes(each), spec.expert_bytes(each) + others,
+            spec.bytes_per_token(each), fit(spec.expert_bytes(each), others, memory),
+        )
+        for each in names
+    )  # fmt: skip
+    return Report(name, folder, spec, stored, formats, memory)
+
+
+def fit(expert_bytes: int, other_bytes: int, memory: Memory) -> Fit:
+    """Whether a model's weights fit in this machine's memory. Experts may stay on disk, all else may not."""
+    if expert_bytes + other_bytes <= memory.available:
+        return "fits"
+    if expert_bytes + other_bytes <= memory.total:
+        return "fits, but not with what is free now"
+    return "runs from disk" if other_bytes <= memory.total else "does not fit"
+
+
+def _checkpoint(folder: Path) -> Checkpoint | None:
+    """The model's files; None where only the configuration was downloaded."""
+    if not any(folder.glob("*.safetensors")):
+        return None
+    return Checkpoint.open(folder)
