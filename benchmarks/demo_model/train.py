@@ -161,7 +161,8 @@ def main(
             eta = training.seconds_used / max(progress, 1e-6) * (1 - progress) / 60
             log(
                 f"step {step} progress {progress:.3f} window {size} loss {loss:.3f} "
-                f"balance {balance:.3f} lr {lr:.2e} {rate:.0f} tokens/s eta {eta:.0f} min"
+                f"balance {balance:.3f} lr {lr:.2e} {rate:.0f} tokens/s, "
+                f"{torch.get_num_threads()} threads, eta {eta:.0f} min"
             )
             spell_began, seen = time.monotonic(), torch.zeros(0, 2)
         if step % CHECK_EVERY == 0:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from benchmarks.demo_model.batches import Ints
 from benchmarks.demo_model.muon import Muon
+from benchmarks.demo_model.neighbours import Neighbours
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +74,14 @@ class Training:
         self.optimizers = optimizers(model, recipe)
         self.steps_done = 0
         self.seconds_used = 0.0
-        self._losses = torch.compile(losses) if compiled else losses
+        self._neighbours = Neighbours()
+        # compiled loops ask for the number of threads when they run
+        options = {"cpp.dynamic_threads": True}
+        self._losses = torch.compile(losses, dynamic=False, options=options) if compiled else losses
 
     def step(self, inputs: Tensor, targets: Tensor, lr: float) -> Tensor:
         """Learn from one batch; the cross entropy and the balance it had before."""
+        torch.set_num_threads(self._neighbours.free_threads())
         with torch.autocast("cpu", torch.bfloat16):
             entropy, balance = self._losses(self.model, inputs, targets)
         objective = entropy + self.recipe.aux_weight * balance
