@@ -1,5 +1,6 @@
 """Numba kernels for experts, the thread team that runs them, and the instruction-set choice."""
 
+from moe_offload.cpu_kernels.bandwidth import measure_read_bandwidth
 from moe_offload.cpu_kernels.experts import ExpertKernel, warm_up
 from moe_offload.cpu_kernels.grouping import Groups, group_tokens
 from moe_offload.cpu_kernels.layout import Activation, ExpertLayout
@@ -14,5 +15,6 @@ __all__ = [
     "ThreadTeam",
     "default_threads",
     "group_tokens",
+    "measure_read_bandwidth",
     "warm_up",
 ]

@@ -150,20 +150,20 @@ def make_activate(kind: ActivationKind, gated: bool, step: int, lanes: int) -> A
 
             def body(i: Value, _: list[Value]) -> list[Value]:
                 at = em.mul(i, 4 * step)
-                if step == 2 and count > 1:
-                    low = em.load(m.kind, em.add(g, at))
-                    high = em.load(m.kind, em.add(g, at), 4 * count)
-                    even = [2 * k for k in range(count)]
-                    gate = em.shuffle(low, high, even)
-                    up = em.shuffle(low, high, [k + 1 for k in even])
-                else:
-                    gate = em.load(m.kind, em.add(g, at))
-                    up = em.load(m.kind, em.add(u, at)) if gated else None
+                gate = load(m.kind, count, em.add(g, at))
+                up = load(m.kind, count, em.add(u, at)) if gated else None
                 value = _apply(m, kind, gate, up, splat_alpha, splat_limit)
                 em.store(value, em.add(h, em.mul(i, 4)))
                 return []
 
             em.loop(start, stop, count, [], body)
+
+        def load(kind_of: Any, count: int, address: Value) -> Value:
+            if step == 1 or count == 1:
+                return em.load(kind_of, address)
+            # the odd lanes are the other matrix's; the last of them may lie behind the buffer
+            low, high = em.load(kind_of, address), em.load(kind_of, address, 4 * count)
+            return em.shuffle(low, high, range(0, 2 * count, 2))
 
         whole = em.floor_to(n, lanes)
         run(lanes, 0, whole)

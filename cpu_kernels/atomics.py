@@ -3,10 +3,8 @@
 import platform
 import sys
 
-from llvmlite import ir
-from numba import njit
-
-from moe_offload.cpu_kernels.emit import I32, I64, VOID, Emitter, Value, micro_kernel
+from moe_offload.cpu_kernels.emit import I32, I64, VOID, Emitter, Value, ir, micro_kernel
+from moe_offload.cpu_kernels.jit import native
 
 # Numbers of the futex call per machine; without one, an idle worker sleeps and looks again.
 _FUTEX_NUMBERS = {"x86_64": 202, "aarch64": 98, "riscv64": 98, "ppc64le": 221, "s390x": 238}
@@ -68,8 +66,8 @@ call_job = micro_kernel("call_job", "iii:v", _call_job)
 _PATIENCE = 4096  # looks before the core is offered to others: we may be waiting for one of them
 
 
-@njit(nogil=True, error_model="numpy")
-def wait_for_count(address, goal):  # type: ignore[no-untyped-def]
+@native
+def wait_for_count(address: int, goal: int) -> None:
     """Spin until the counter at `address` has reached `goal`."""
     looks = 0
     while load_acquire(address) < goal:
@@ -79,8 +77,8 @@ def wait_for_count(address, goal):  # type: ignore[no-untyped-def]
             give_way()
 
 
-@njit(nogil=True, error_model="numpy")
-def sleep_while(address, value):  # type: ignore[no-untyped-def]
+@native
+def sleep_while(address: int, value: int) -> None:
     """Sleep as long as the word at `address` is `value`; may return early."""
     if HAS_FUTEX:
         futex(address, _WAIT_PRIVATE, value)
@@ -88,7 +86,7 @@ def sleep_while(address, value):  # type: ignore[no-untyped-def]
         nap()
 
 
-@njit(nogil=True, error_model="numpy")
-def wake_all(address):  # type: ignore[no-untyped-def]
+@native
+def wake_all(address: int) -> None:
     if HAS_FUTEX:
         futex(address, _WAKE_PRIVATE, _EVERYONE)

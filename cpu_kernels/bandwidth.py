@@ -47,7 +47,7 @@ def _make_read(reader: _Reader) -> Any:
     loads = _UNROLL_BYTES // reader.width
 
     def emit(em: Emitter, address: Value, size: Value) -> Value:
-        part = em.b.udiv(size, em.int(reader.streams))
+        part = em.b.udiv(size, em.i64(reader.streams))
         streams = [em.add(address, em.mul(part, s)) for s in range(reader.streams)]
 
         def body(i: Value, sums: list[Value]) -> list[Value]:
@@ -73,11 +73,10 @@ def _make_read(reader: _Reader) -> Any:
 def _job(reader: _Reader) -> Any:
     read = _make_read(reader)
 
-    def read_share(thread, args):  # type: ignore[no-untyped-def]
+    def read_share(thread: int, args: int) -> None:
         share = load_i64(args + _SHARE)
-        store_i64(
-            read(load_i64(args + _START) + thread * share, share), args + _SINK * (1 + thread)
-        )
+        total = read(load_i64(args + _START) + thread * share, share)
+        store_i64(total, args + _SINK * (1 + thread))
 
     key = f"{reader.streams}x{reader.width}-{reader.prefetch}"
     return compile_job(read_share, "void(int64,int64)", key)

@@ -8,7 +8,7 @@ LINE = 64
 # counters
 NEXT_FIRST, DONE_FIRST, NEXT_SECOND = 0, LINE, 2 * LINE
 
-# addresses, sizes and shapes
+# set by each call
 (
     TABLE,  # int64 [E, 6]: gate, up, down, gate bias, up bias, down bias
     EXPERTS,  # int32 [A]
@@ -19,6 +19,15 @@ NEXT_FIRST, DONE_FIRST, NEXT_SECOND = 0, LINE, 2 * LINE
     MIDDLES,  # int64 [R]: address of each row's intermediate vector
     OUT,  # f32 [T, H]
     ACTIVE,  # A
+    LOCAL,  # each thread's own memory ...
+    LOCAL_BYTES,  # ... and how much of it
+    FIRST_BLOCK,  # intermediate outputs of one job of the first phase
+    SECOND_BLOCK,  # output columns of one job of the second phase
+) = range(3 * LINE, 3 * LINE + 13 * 8, 8)
+
+# set by the kernel's layout and activation
+CONSTANTS = SECOND_BLOCK + 8
+(
     HIDDEN,  # H
     INTERMEDIATE,  # I
     MIDDLE_BYTES,  # bytes from one intermediate vector to the next
@@ -27,11 +36,7 @@ NEXT_FIRST, DONE_FIRST, NEXT_SECOND = 0, LINE, 2 * LINE
     BIAS_CODE,  # memory.TYPE_CODES
     ALPHA,  # f32 bits
     LIMIT,  # f32 bits
-    LOCAL,  # each thread's own memory ...
-    LOCAL_BYTES,  # ... and how much of it
-    FIRST_BLOCK,  # gate (up) outputs of one job of the first phase
-    SECOND_BLOCK,  # outputs of one job of the second phase
     CHUNK,  # rows taken at once: their inputs stay in the core's cache
-) = range(3 * LINE, 3 * LINE + 22 * 8, 8)
+) = range(CONSTANTS, CONSTANTS + 9 * 8, 8)
 
-BYTES = 3 * LINE + 3 * LINE
+BYTES = (CONSTANTS + 9 * 8 + LINE - 1) // LINE * LINE

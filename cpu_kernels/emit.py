@@ -15,13 +15,15 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from llvmlite import ir
+import llvmlite.ir
 from numba.core import types
 from numba.extending import intrinsic
 
 from moe_offload.cpu_kernels.target import Target, current_target
 
-I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
+ir: Any = llvmlite.ir  # untyped; as Any it may be called from typed code
+
+I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
 POINTER = ir.PointerType()
 VOID = ir.VoidType()
@@ -47,23 +49,23 @@ class Emitter:
             return ir.Constant(kind, [ir.Constant(kind.element, value)] * kind.count)
         return ir.Constant(kind, value)
 
-    def int(self, value: Value) -> Value:
+    def i64(self, value: Value) -> Value:
         return ir.Constant(I64, value) if isinstance(value, int) else value
 
     def add(self, a: Value, b: Value) -> Value:
         if isinstance(b, int) and b == 0:
             return a
-        return self.b.add(self.int(a), self.int(b))
+        return self.b.add(self.i64(a), self.i64(b))
 
     def mul(self, a: Value, b: Value) -> Value:
-        return self.b.mul(self.int(a), self.int(b))
+        return self.b.mul(self.i64(a), self.i64(b))
 
     def pointer(self, address: Value, offset: Value = 0) -> Value:
         base = self.b.inttoptr(address, POINTER)
         if isinstance(offset, int) and offset == 0:
             return base
         # one inttoptr of the base and a GEP let LLVM fold constant offsets into the instruction
-        return self.b.gep(base, [self.int(offset)], source_etype=I8)
+        return self.b.gep(base, [self.i64(offset)], source_etype=I8)
 
     def load(self, kind: Any, address: Value, offset: Value = 0) -> Value:
         """Any address is fine: safetensors data may begin at an odd offset of the file."""
@@ -131,13 +133,13 @@ class Emitter:
         b.branch(head)
         b.position_at_end(head)
         index = b.phi(I64)
-        index.add_incoming(self.int(start), before)
+        index.add_incoming(self.i64(start), before)
         values = []
         for initial in carried:
             phi = b.phi(initial.type)
             phi.add_incoming(initial, before)
             values.append(phi)
-        b.cbranch(b.icmp_signed("<", index, self.int(stop)), inside, after)
+        b.cbranch(b.icmp_signed("<", index, self.i64(stop)), inside, after)
         b.position_at_end(inside)
         results = body(index, list(values))
         assert len(results) == len(values)
@@ -175,7 +177,9 @@ def micro_kernel(name: str, signature: str, emit: Callable[..., Value | None]) -
     positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
     names = ["typing_context", *(f"a{i}" for i in range(len(arguments)))]
     typer.__name__ = typer.__qualname__ = name
-    typer.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    signature_of: Any = typer
+    signature_of.__signature__ = inspect.Signature(
         [inspect.Parameter(n, positional) for n in names]
     )
-    return intrinsic(typer)
+    decorate: Any = intrinsic
+    return decorate(typer)

@@ -4,13 +4,14 @@ import struct
 import threading
 from collections.abc import Callable, Iterable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moe_offload.cpu_kernels import block as word
 from moe_offload.cpu_kernels.column_job import make_column_job
+from moe_offload.cpu_kernels.grouping import COMPILED as GROUPING
 from moe_offload.cpu_kernels.grouping import Groups
 from moe_offload.cpu_kernels.kernel_cache import compile_job, compiled
 from moe_offload.cpu_kernels.layout import (
@@ -20,25 +21,48 @@ from moe_offload.cpu_kernels.layout import (
     ExpertLayout,
     WeightType,
 )
-from moe_offload.cpu_kernels.memory import TYPE_CODES, store_i64
+from moe_offload.cpu_kernels.memory import TYPE_CODES, load_i64, store_i64
 from moe_offload.cpu_kernels.row_job import make_row_job
 from moe_offload.cpu_kernels.target import current_target
-from moe_offload.cpu_kernels.team import ThreadTeam, aligned_bytes
+from moe_offload.cpu_kernels.team import COMPILED as TEAM
+from moe_offload.cpu_kernels.team import ThreadTeam
 
-_CHUNK = 32  # rows of an expert taken at once
-_FIRST_ROWS, _SECOND_ROWS = (8, 32), (16, 128)  # outputs of a job, at least and at most
-_FIRST_COLUMNS, _SECOND_COLUMNS = (64, 512), (32, 512)
-_JOBS_PER_THREAD = 8
+LINE = 64
+CHUNK = 32  # rows of an expert taken at once: 32 inputs of H = 2048 are 256 KiB
+JOBS_PER_THREAD = 8
 _compiling = threading.Lock()
 
 
+class _Blocks(NamedTuple):
+    """Sizes of the jobs. They change who computes a number, never the number."""
+
+    first: int  # intermediate outputs
+    second: int  # output columns
+    local: int  # bytes of each thread's own memory
+
+
 @compiled(
-    "void(int64, Array(int64,2,'C',readonly=True), int32[::1], int64[::1], int32[::1],"
-    " float32[::1], float32[:,::1], float32[:,::1], int64, int64, int64, int64)"
+    "int64(int64, int64[::1], Array(int64,2,'C',readonly=True), int32[::1], int64[::1],"
+    " int32[::1], float32[::1], Array(float32,2,'C',readonly=True), float32[:,::1],"
+    " int64, int64, int64)"
 )
-def _fill(  # type: ignore[no-untyped-def]
-    args, table, experts, offsets, tokens, weights, hidden, out, lists, middle, middle_size, active
-):
+def _fill(
+    args: int,
+    constants: NDArray[np.int64],
+    table: NDArray[np.int64],
+    experts: NDArray[np.int32],
+    offsets: NDArray[np.int64],
+    tokens: NDArray[np.int32],
+    weights: NDArray[np.float32],
+    hidden: NDArray[np.float32],
+    out: NDArray[np.float32],
+    first: int,
+    second: int,
+    local: int,
+) -> int:
+    """Write the argument block and the lists behind it; not 0 says what is wrong."""
+    for i in range(constants.size):
+        store_i64(constants[i], args + word.CONSTANTS + 8 * i)
     store_i64(0, args + word.NEXT_FIRST)
     store_i64(0, args + word.DONE_FIRST)
     store_i64(0, args + word.NEXT_SECOND)
@@ -48,24 +72,48 @@ def _fill(  # type: ignore[no-untyped-def]
     store_i64(tokens.ctypes.data, args + word.TOKENS)
     store_i64(weights.ctypes.data, args + word.WEIGHTS)
     store_i64(out.ctypes.data, args + word.OUT)
-    store_i64(active, args + word.ACTIVE)
+    store_i64(experts.size, args + word.ACTIVE)
+    store_i64(first, args + word.FIRST_BLOCK)
+    store_i64(second, args + word.SECOND_BLOCK)
+    store_i64(local, args + word.LOCAL_BYTES)
+    for a in range(experts.size):
+        expert = experts[a]
+        if expert < 0 or expert >= table.shape[0]:
+            return 1
+        if table[expert, 1] == 0 or table[expert, 2] == 0:
+            return 2
     rows = tokens.size
-    store_i64(lists, args + word.INPUTS)
-    store_i64(lists + 8 * rows, args + word.MIDDLES)
-    inputs = hidden.ctypes.data
+    inputs = args + word.BYTES
+    middles = inputs + 8 * rows
+    middle = (middles + 8 * rows + LINE - 1) // LINE * LINE
+    middle_bytes = load_i64(args + word.MIDDLE_BYTES)
+    store_i64(inputs, args + word.INPUTS)
+    store_i64(middles, args + word.MIDDLES)
+    store_i64(middle + rows * middle_bytes, args + word.LOCAL)
     width = hidden.shape[1] * 4
     for row in range(rows):
-        store_i64(inputs + tokens[row] * width, lists + 8 * row)
-        store_i64(middle + row * middle_size, lists + 8 * (rows + row))
+        token = tokens[row]
+        if token < 0 or token >= hidden.shape[0]:
+            return 3
+        store_i64(hidden.ctypes.data + token * width, inputs + 8 * row)
+        store_i64(middle + row * middle_bytes, middles + 8 * row)
+    return 0
+
+
+_MISTAKES = {
+    1: "a group names an expert that the table has no row for",
+    2: "the table has no address (0) for a matrix of an active expert",
+    3: "a group names a token that `hidden` has no row for",
+}
 
 
 @cache
 def _job(dtype: WeightType, gated: bool, transposed: bool, step: int, kind: ActivationKind) -> Any:
-    lanes = current_target().lanes
+    target = current_target()
     if transposed:
-        function = make_column_job(dtype, gated, kind, step, lanes)
+        function = make_column_job(dtype, gated, kind, step, target)
     else:
-        function = make_row_job(dtype, gated, kind, lanes)
+        function = make_row_job(dtype, gated, kind, target)
     shape = f"columns{step}" if transposed else "rows"
     key = f"{shape}-{dtype}-{'gated' if gated else 'plain'}-{kind}"
     return compile_job(function, "void(int64,int64)", key)
@@ -78,105 +126,93 @@ class ExpertKernel:
         if activation.needs_gate and not layout.gated:
             raise ValueError(f"{activation.kind!r} takes a gate, but the layout has none")
         self.layout, self.activation = layout, activation
-        # interleaved gate and up are read as one run of columns; any other step is not built
-        if layout.transposed and layout.gate_up_step not in (1, 2):
-            raise ValueError(f"gate_up_step must be 1 or 2, got {layout.gate_up_step}")
-        if layout.gate_up_step == 2 and not layout.gated:
-            raise ValueError("gate_up_step 2 means interleaved gates; this layout has no gate")
-        self._block = aligned_bytes(word.BYTES)
-        self._args: int = self._block.ctypes.data
+        self._middle_bytes = (layout.intermediate_size * 4 + LINE - 1) // LINE * LINE
         constants = {
             word.HIDDEN: layout.hidden_size,
             word.INTERMEDIATE: layout.intermediate_size,
-            word.MIDDLE_BYTES: (layout.intermediate_size * 4 + 63) // 64 * 64,
+            word.MIDDLE_BYTES: self._middle_bytes,
             word.ROW_STRIDE: layout.row_stride * ELEMENT_BYTES[layout.dtype],
             word.BIAS_STEP: layout.bias_step,
             word.BIAS_CODE: TYPE_CODES[layout.bias_type],
             word.ALPHA: _float_bits(activation.alpha),
             word.LIMIT: _float_bits(activation.limit),
-            word.CHUNK: _CHUNK,
+            word.CHUNK: CHUNK,
         }
-        for offset, value in constants.items():
-            self._set(offset, value)
-        self._tuned_for = 0
+        self._constants = np.array([constants[key] for key in sorted(constants)], np.int64)
+        self._blocks: dict[tuple[int, int], _Blocks] = {}
+        self._compiled: Any = None
 
     def load(self) -> None:
         """Compile the kernel or load it from the cache."""
         layout = self.layout
         with _compiling:
-            job = _job(
+            self._compiled = _job(
                 layout.dtype,
                 layout.gated,
                 layout.transposed,
                 layout.gate_up_step,
                 self.activation.kind,
             )
-        self._job = job  # keeps the machine code alive
-        self._address: int = job.address
 
     def __call__(
         self,
-        table: NDArray[np.int64],  # [E, 6] gate, up, down, gate bias, up bias, down bias
+        table: NDArray[np.int64],
         groups: Groups,
-        hidden: NDArray[np.float32],  # [T, H]
-        out: NDArray[np.float32],  # [T, H]
+        hidden: NDArray[np.float32],
+        out: NDArray[np.float32],
         team: ThreadTeam,
     ) -> None:
         """out[token] += weight * expert(hidden[token]) for every row of `groups`.
 
-        Each token's experts are added in the order of `groups`. The caller keeps the memory
-        behind the table's addresses mapped; rows beyond `out` or experts beyond the table are
-        the caller's bug and are not looked for.
+        table [E, 6]: addresses of gate, up, down, gate bias, up bias, down bias; 0 where absent.
+        hidden, out [T, H]. Each token's experts are added in the order of `groups`. The caller
+        keeps the memory behind the addresses mapped.
         """
         active, rows = groups.experts.size, groups.tokens.size
         if active == 0:
             return
-        layout = self.layout
-        if hidden.shape != out.shape or hidden.shape[1] != layout.hidden_size:
-            raise ValueError(
-                f"hidden {hidden.shape} and out {out.shape} must be [T, {layout.hidden_size}]"
-            )
-        if not hasattr(self, "_address"):
+        if hidden.shape != out.shape or hidden.shape[1] != self.layout.hidden_size:
+            width = self.layout.hidden_size
+            raise ValueError(f"hidden {hidden.shape} and out {out.shape} must be [T, {width}]")
+        if self._compiled is None:
             self.load()
+        first, second, local = self._blocks_for(team.threads, active)
+        size = word.BYTES + 2 * LINE + rows * (16 + self._middle_bytes) + team.threads * local
         with team.lock:
-            if self._tuned_for != team.threads:
-                self._tune(team.threads)
-            middle_size = (layout.intermediate_size * 4 + 63) // 64 * 64
-            lists_size = (2 * rows * 8 + 63) // 64 * 64
-            local_size = self._local_size
-            scratch = team.scratch(lists_size + rows * middle_size + team.threads * local_size)
-            middle = scratch + lists_size
-            self._set(word.LOCAL, middle + rows * middle_size)
-            _fill(
-                self._args, table, groups.experts, groups.offsets, groups.tokens, groups.weights,
-                hidden, out, scratch, middle, middle_size, active,
+            args = team.scratch(size)
+            mistake = _fill(
+                args, self._constants, table, groups.experts, groups.offsets, groups.tokens,
+                groups.weights, hidden, out, first, second, local,
             )  # fmt: skip
-            team.launch(self._address, self._args)
+            if mistake:
+                raise ValueError(_MISTAKES[mistake])
+            team.launch(self._compiled.address, args)
 
-    def _tune(self, threads: int) -> None:
-        """Sizes of the jobs: several for each thread, but not smaller than a useful stream."""
+    def _blocks_for(self, threads: int, active: int) -> _Blocks:
+        blocks = self._blocks.get((threads, active))
+        if blocks is None:
+            blocks = self._blocks[threads, active] = self._choose_blocks(threads, active)
+        return blocks
+
+    def _choose_blocks(self, threads: int, active: int) -> _Blocks:
+        """Several jobs for each thread, but none shorter than a useful stream through memory."""
         layout = self.layout
+        height, width = layout.intermediate_size, layout.hidden_size
         if layout.transposed:
-            first, second = _FIRST_COLUMNS, _SECOND_COLUMNS
+            # a long run in each row counts for more than an even share
+            first = _share(height * active, threads * JOBS_PER_THREAD // 2, 128, height)
+            second = _share(width, threads * 2, 64, width)
         else:
-            first, second = _FIRST_ROWS, _SECOND_ROWS
-        self._first = _share(layout.intermediate_size, threads * _JOBS_PER_THREAD // 4, *first)
-        self._second = _share(layout.hidden_size, threads * _JOBS_PER_THREAD, *second)
-        matrices = 2 if layout.gated else 1
-        widest = max(matrices * self._first, self._second)
-        self._local_size = (widest * _CHUNK * 4 + 127) // 64 * 64
-        self._set(word.FIRST_BLOCK, self._first)
-        self._set(word.SECOND_BLOCK, self._second)
-        self._set(word.LOCAL_BYTES, self._local_size)
-        self._tuned_for = threads
-
-    def _set(self, offset: int, value: int) -> None:
-        self._block[offset : offset + 8].view(np.int64)[0] = value
+            first = _share(height * active, threads * JOBS_PER_THREAD, 8, 32)
+            second = _share(width, threads * JOBS_PER_THREAD, 16, 128)
+        widest = max(2 * first, second) if layout.gated else max(first, second)
+        return _Blocks(first, second, (widest * CHUNK * 4 // LINE + 2) * LINE)
 
 
 def _share(size: int, parts: int, least: int, most: int) -> int:
-    """Outputs of one job: size / parts, in multiples of a cache line of f32."""
-    wanted = (size // max(1, parts) + 15) // 16 * 16
+    """size / parts, in multiples of a cache line of f32, so that no two threads write one line."""
+    per_line = LINE // 4
+    wanted = (size // max(1, parts) + per_line - 1) // per_line * per_line
     return max(least, min(most, wanted))
 
 
@@ -187,21 +223,24 @@ def _float_bits(value: float) -> int:
 def warm_up(
     kernels: Iterable[ExpertKernel], progress: Callable[[str, int, int], None] | None = None
 ) -> None:
-    """Compile, or load from the cache, what these kernels need: progress(name, done, total)."""
-    from moe_offload.cpu_kernels import grouping, team  # noqa: PLC0415
+    """Compile, or load from the cache, all that these kernels need: progress(name, done, total).
 
-    wanted: list[tuple[str, Callable[[], Any]]] = [
-        ("thread team", team._launch.load),
-        ("thread team", team._work.load),
-        ("grouping", grouping._count_and_place.load),
-        ("arguments", _fill.load),
-    ]
+    After this no call compiles. From the cache a kernel takes some 20 ms, else 2 to 4 s.
+    """
+    wanted: dict[str, list[Callable[[], object]]] = {
+        "thread team": [part.load for part in TEAM],
+        "routing": [part.load for part in GROUPING],
+        "arguments": [_fill.load],
+    }
     for kernel in kernels:
-        name = f"{kernel.layout.dtype} {kernel.activation.kind}"
-        wanted.append((name, kernel.load))
-    for done, (name, load) in enumerate(wanted):
+        layout = kernel.layout
+        shape = "transposed" if layout.transposed else "row-major"
+        name = f"{layout.dtype} {shape} {kernel.activation.kind}"
+        wanted.setdefault(name, []).append(kernel.load)
+    for done, (name, loads) in enumerate(wanted.items()):
         if progress is not None:
             progress(name, done, len(wanted))
-        load()
+        for load in loads:
+            load()
     if progress is not None:
         progress("", len(wanted), len(wanted))

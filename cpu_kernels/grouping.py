@@ -30,7 +30,16 @@ class Groups(NamedTuple):
     "int64(Array(int64,2,'C',readonly=True), Array(float32,2,'C',readonly=True), int64,"
     " int64[::1], int32[::1], int64[::1], int32[::1], float32[::1])"
 )
-def _count_and_place(index, weight, num_experts, cursor, experts, offsets, tokens, weights):  # type: ignore[no-untyped-def]
+def _count_and_place(
+    index: NDArray[np.int64],
+    weight: NDArray[np.float32],
+    num_experts: int,
+    cursor: NDArray[np.int64],
+    experts: NDArray[np.int32],
+    offsets: NDArray[np.int64],
+    tokens: NDArray[np.int32],
+    weights: NDArray[np.float32],
+) -> int:
     """Counting sort. `cursor` comes as zeros [num_experts]. Returns the number of experts."""
     rows, choices = index.shape
     for t in range(rows):
@@ -58,6 +67,9 @@ def _count_and_place(index, weight, num_experts, cursor, experts, offsets, token
                 tokens[row] = t
                 weights[row] = weight[t, k]
     return active
+
+
+COMPILED = (_count_and_place,)
 
 
 def group_tokens(

@@ -26,12 +26,12 @@ from numba.core.caching import CompileResultCacheImpl, FunctionCache, _CacheLoca
 from numba.core.ccallback import CFunc
 from numba.core.sigutils import normalize_signature
 
+from moe_offload.cpu_kernels.jit import OPTIONS
 from moe_offload.cpu_kernels.target import current_target
 
 logger = logging.getLogger(__name__)
 
 _KEPT_FOLDERS = 4  # several machines may share a home folder
-_OPTIONS = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
 
 
 def sources_hash() -> str:
@@ -146,7 +146,7 @@ def compile_job(function: Callable[..., Any], signature: str, key: str) -> Any:
 
     `key` has to name everything the factory specialised the function by.
     """
-    compiled = CFunc(function, normalize_signature(signature), {}, dict(_OPTIONS))
+    compiled = CFunc(function, normalize_signature(signature), {}, dict(OPTIONS))
     folder = cache_folder()
     if folder is not None:
         compiled._cache = _KernelCache(function, folder, key)
@@ -176,7 +176,7 @@ class _Lazy:
 
     def load(self) -> Callable[..., Any]:
         if self._call is None:
-            dispatcher = numba.njit(**_OPTIONS)(self._function)
+            dispatcher = numba.njit(**OPTIONS)(self._function)
             folder = cache_folder()
             if folder is not None:
                 dispatcher._cache = _KernelCache(self._function, folder, "host")

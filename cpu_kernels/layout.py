@@ -47,10 +47,12 @@ class ExpertLayout:
         for name in (self.dtype, self.bias_type):
             if name not in get_args(WeightType):
                 raise ValueError(f"unknown weight type {name!r}; use one of {get_args(WeightType)}")
-        if self.gate_up_step < 1 or self.bias_step < 1:
-            raise ValueError(f"steps count elements and start at 1, got {self}")
+        if self.gate_up_step not in (1, 2) or self.bias_step < 1:
+            raise ValueError(f"gate_up_step is 1 or 2 and bias_step at least 1, got {self}")
         if self.gate_up_step != 1 and not self.transposed:
             raise ValueError("gate_up_step is for transposed experts; use gate_up_stride for rows")
+        if self.gate_up_step == 2 and not self.gated:
+            raise ValueError("gate_up_step 2 interleaves gate and up, but the expert has no gate")
         width = self.intermediate_size * self.gate_up_step if self.transposed else self.hidden_size
         shortest = width - self.gate_up_step + 1 if self.transposed else width
         if self.gate_up_stride and self.gate_up_stride < shortest:

@@ -1,8 +1,7 @@
 """Scalars at addresses, for use in Numba functions."""
 
-from numba import njit
-
 from moe_offload.cpu_kernels.emit import F32, I32, I64, Emitter, Value, micro_kernel
+from moe_offload.cpu_kernels.jit import native
 from moe_offload.cpu_kernels.layout import ELEMENT_BYTES, WeightType
 from moe_offload.cpu_kernels.weights import load_weights
 
@@ -24,33 +23,40 @@ _load_bf16 = micro_kernel("load_bf16", "i:f", lambda em, a: load_weights(em, "bf
 _load_f16 = micro_kernel("load_f16", "i:f", lambda em, a: load_weights(em, "f16", 1, a))
 
 
-@njit(nogil=True, error_model="numpy")
-def load_element(address, code):  # type: ignore[no-untyped-def]
+@native
+def load_element(address: int, code: int) -> float:
     """An element of the stored type with this code, as f32."""
     if code == _BF16:
-        return _load_bf16(address)
+        return _load_bf16(address)  # type: ignore[no-any-return]
     if code == _F16:
-        return _load_f16(address)
-    return load_f32(address)
+        return _load_f16(address)  # type: ignore[no-any-return]
+    return load_f32(address)  # type: ignore[no-any-return]
 
 
-@njit(nogil=True, error_model="numpy")
-def add_elements(target, count, source, step, code):  # type: ignore[no-untyped-def]
-    """target[i] += source[i * step]; source is of the stored type with this code."""
+@native
+def element_bytes(code: int) -> int:
+    return _BYTES[code]
+
+
+@native
+def add_elements(
+    target: int, target_step: int, count: int, source: int, step: int, code: int
+) -> None:
+    """target[i * target_step] += source[i * step]; source is of the stored type with this code."""
     size = _BYTES[code] * step
     for i in range(count):
-        value = load_f32(target + 4 * i) + load_element(source + size * i, code)
-        store_f32(value, target + 4 * i)
+        at = target + 4 * target_step * i
+        store_f32(load_f32(at) + load_element(source + size * i, code), at)
 
 
-@njit(nogil=True, error_model="numpy")
-def add_scaled(target, count, source, scale):  # type: ignore[no-untyped-def]
+@native
+def add_scaled(target: int, count: int, source: int, scale: float) -> None:
     """target[i] += scale * source[i], f32."""
     for i in range(count):
         store_f32(load_f32(target + 4 * i) + scale * load_f32(source + 4 * i), target + 4 * i)
 
 
-@njit(nogil=True, error_model="numpy")
-def clear(target, count):  # type: ignore[no-untyped-def]
+@native
+def clear(target: int, count: int) -> None:
     for i in range(count):
         store_f32(0.0, target + 4 * i)

@@ -47,7 +47,7 @@ _SPIN_SECONDS = 30e-6
 
 
 @compiled("void(int64,int64)")
-def _work(box, thread):  # type: ignore[no-untyped-def]
+def _work(box: int, thread: int) -> None:
     """A worker's life."""
     done = 0
     spin = load_acquire(box + SPIN)
@@ -71,7 +71,7 @@ def _work(box, thread):  # type: ignore[no-untyped-def]
 
 
 @compiled("void(int64,int64,int64,int64)")
-def _launch(box, threads, job, args):  # type: ignore[no-untyped-def]
+def _launch(box: int, threads: int, job: int, args: int) -> None:
     if threads > 1:
         goal = load_acquire(box + FINISHED) + threads - 1
         exchange(box + JOB, job)
@@ -85,16 +85,19 @@ def _launch(box, threads, job, args):  # type: ignore[no-untyped-def]
 
 
 @compiled("void(int64)")
-def _stop(box):  # type: ignore[no-untyped-def]
+def _stop(box: int) -> None:
     exchange(box + STOP, 1)
     fetch_add(box + SEQUENCE, 1)
     wake_all(box + SEQUENCE)
 
 
 @compiled("void(int64)")
-def _look(times):  # type: ignore[no-untyped-def]
+def _look(times: int) -> None:
     for _ in range(times):
         relax()
+
+
+COMPILED = (_work, _launch, _stop, _look)
 
 
 def _looks_per_spin() -> int:
