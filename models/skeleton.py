@@ -31,6 +31,7 @@ from moe_offload.models.dequantize import read_matrix
 from moe_offload.models.errors import UnsupportedModelError
 from moe_offload.models.expert_weights import SUPPORTED_FORMATS, ExpertWeights, locate_experts
 from moe_offload.models.experts_function import NAME, detach_handle
+from moe_offload.models.loaded_weights import check_loaded_weights
 from moe_offload.models.spec import MoeLayerSpec, MoeSpec
 
 # Quantisation methods whose experts can be read in place, as config.json names them.
@@ -51,12 +52,15 @@ class Skeleton:
         """The specification of the experts module at `path`."""
         return next(layer for layer in self.spec.layers if layer.path == path)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Skeleton":
+        """Copies of a model share the mapped files."""
+        return self
+
     def restore(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
         """Make `model` what a plain load gives: expert parameters in memory, no trace of this package."""
         for path, parameters in self.parameters.items():
             module = model.get_submodule(path)
             detach_handle(module)
-            module.__dict__.pop("_is_hf_initialized", None)
             for name, meta in parameters.items():
                 value = self._parameter(path, name, meta, dtype)
                 module.register_parameter(name, nn.Parameter(value, requires_grad=meta.requires_grad))
@@ -127,6 +131,8 @@ class SkeletonQuantizer(HfQuantizer):  # type: ignore[misc]
         spec = MoeSpec.from_hf(model.config, model)
         checkpoint = Checkpoint(files)
         weights = locate_experts(model, checkpoint, spec)
+        experts = set().union(*(each.keys for each in weights.values()))
+        check_loaded_weights(model, checkpoint, experts, quantised=self.inner is not None)
         self.check(spec, checkpoint, weights)
         saved = compat.experts_implementations(model)
         undo = [adapt(model), lambda: compat.restore_experts_implementations(saved)]

@@ -71,7 +71,7 @@ class MoeSpec:
     vocab_size: int
     max_context: int | None
     layers: tuple[MoeLayerSpec, ...]
-    non_expert_params: int
+    non_expert_params: int  # everything but the routed experts' matrices
     shared_expert_params: int
 
     @cached_property
@@ -112,8 +112,13 @@ class MoeSpec:
         layers = tuple(
             _layer_spec(path, model, experts) for path, experts in found.items()
         )
-        experts_ids = {id(p) for module in found.values() for p in module.parameters()}
-        others = [(name, p) for name, p in model.named_parameters() if id(p) not in experts_ids]
+        matrices = {
+            id(p)
+            for module in found.values()
+            for name, p in module.named_parameters(recurse=False)
+            if not name.endswith("_bias")
+        }
+        others = [(name, p) for name, p in model.named_parameters() if id(p) not in matrices]
         text = config.get_text_config(decoder=True)
         dtype = getattr(config, "dtype", None) or getattr(text, "dtype", None) or torch.float32
         return cls(
@@ -135,7 +140,7 @@ def build_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             return model_class(config)._from_config(config)  # type: ignore[no-any-return]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise UnsupportedModelError(f"transformers cannot build {config.model_type!r}: {error}") from error
 
 

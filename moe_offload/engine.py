@@ -167,6 +167,10 @@ class Engine:
         self._team.close()
         self._skeleton.checkpoint.close()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Engine":
+        """Copies of a model share the engine: weights and threads exist once."""
+        return self
+
     def __enter__(self) -> "Engine":
         return self
 
@@ -175,7 +179,7 @@ class Engine:
 
 
 class _LayerHandle:
-    """Ties an experts module to the engine. Copies of the module share it: weights and threads exist once."""
+    """Ties an experts module to the engine."""
 
     __slots__ = ("engine", "layer")
 

@@ -95,6 +95,7 @@ _CLASSES: dict[str, tuple[str, str]] = {
     "minimax_m3_vl_text": ("minimax_m3_vl", "MiniMaxM3VLForCausalLM"),
     "mistral4": ("mistral4", "Mistral4ForCausalLM"),
     "muse_spark_text": ("muse_spark", "MuseSparkTextModel"),
+    "openai_privacy_filter": ("openai_privacy_filter", "OpenAIPrivacyFilterForTokenClassification"),
     "qwen3_vl_moe_text": ("qwen3_vl_moe", "Qwen3VLMoeTextModel"),
 }
 
