@@ -9,6 +9,7 @@ agree with shape times item size, and tile the data without overlap or hole.
 import json
 import math
 import os
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,6 +18,14 @@ from moe_offload.models.errors import CheckpointError
 
 # The limit of the reference implementation; a bigger header is an attack or an accident.
 MAX_HEADER_BYTES = 100_000_000
+
+# torch's limit; a product of more sizes than that would also take its time.
+MAX_DIMENSIONS = 64
+
+# A message is one line, whatever the file says: names whole, but no list of a million sizes.
+_repr = reprlib.Repr()
+_repr.maxstring = 200
+_shown = _repr.repr
 
 # Bits per element. Sub-byte types are packed.
 DTYPE_BITS = {
@@ -68,7 +77,7 @@ def _parse_json(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Any], 
             f"(and {MAX_HEADER_BYTES} is the most allowed): the file is truncated or not safetensors, download it again"
         )
     try:
-        header = json.loads(file.read(length), object_pairs_hook=_no_duplicates)
+        header = json.loads(file.read(length).decode(), object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: the header is not valid JSON ({error})") from error
     if not isinstance(header, dict):
@@ -88,16 +97,18 @@ def _is_count(value: object) -> bool:
 
 
 def _record(path: Path, name: str, entry: Any, data_start: int, data_size: int) -> TensorRecord:
-    where = f"{path}: tensor {name!r}"
+    where = f"{path}: tensor {_shown(name)}"
     if not isinstance(entry, dict):
         raise CheckpointError(f"{where} is described by a JSON {type(entry).__name__}, not an object")
     dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise CheckpointError(f"{where} has dtype {dtype!r}; known are {', '.join(DTYPE_BITS)}")
-    if not isinstance(shape, list) or not all(_is_count(n) for n in shape):
-        raise CheckpointError(f"{where} has shape {shape!r}, not a list of sizes")
+        raise CheckpointError(f"{where} has dtype {_shown(dtype)}; known are {', '.join(DTYPE_BITS)}")
+    if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(_is_count(n) for n in shape):
+        raise CheckpointError(
+            f"{where} has shape {_shown(shape)}, not a list of at most {MAX_DIMENSIONS} sizes"
+        )
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(n) for n in offsets):
-        raise CheckpointError(f"{where} has data_offsets {offsets!r}, not [begin, end]")
+        raise CheckpointError(f"{where} has data_offsets {_shown(offsets)}, not [begin, end]")
     begin, end = offsets
     if not begin <= end <= data_size:
         raise CheckpointError(
@@ -108,7 +119,8 @@ def _record(path: Path, name: str, entry: Any, data_start: int, data_size: int) 
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if bits != (end - begin) * 8:
         raise CheckpointError(
-            f"{where} of shape {shape} in {dtype} needs {bits / 8:.0f} bytes, but its offsets span {end - begin}"
+            f"{where} of shape {_shown(shape)} in {dtype} needs {bits // 8} bytes, but its offsets span "
+            f"{end - begin}"
         )
     return TensorRecord(name, dtype, tuple(shape), path, data_start + begin, end - begin)
 
@@ -120,7 +132,7 @@ def _check_tiling(path: Path, records: dict[str, TensorRecord], data_start: int,
         if record.offset != expected:
             kind = "overlaps the one before it" if record.offset < expected else "leaves a hole before it"
             raise CheckpointError(
-                f"{path}: tensor {record.name!r} at byte {record.offset} {kind} (expected byte {expected})"
+                f"{path}: tensor {_shown(record.name)} at byte {record.offset} {kind} (expected byte {expected})"
             )
         expected += record.nbytes
     if expected != size:
