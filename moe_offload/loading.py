@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import hf_hub_download, model_info, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
@@ -73,7 +73,9 @@ def load(
         )
     except MoeOffloadError:
         raise
-    except (SafetensorError, RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
+    except (
+        SafetensorError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, OSError,
+    ) as error:  # fmt: skip
         raise CheckpointError(f"transformers could not load {folder}: {_first_line(error)}") from error
     _refuse_incomplete(folder, loaded, info)
     return loaded  # type: ignore[no-any-return]
@@ -93,16 +95,22 @@ def find_model(
         return DEMO_FOLDER
     path = Path(model).expanduser()
     name = os.fspath(model)
+    if not name:
+        raise CheckpointError("the model's name is empty: give a folder, the id of a model on the Hub, or 'demo'")
     if path.is_dir():
         return path
     if path.exists():
         raise CheckpointError(f"{path} is a file; give the folder that holds config.json and the weights")
     if name.count("/") > 1 or name.startswith((".", "~", "/")) or "\\" in name:
         raise CheckpointError(f"there is no folder {path}: check the path")
-    hub: dict[str, Any] = {
-        "revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only,
-    }  # fmt: skip
+    unreachable = ""
     try:
+        # Without a connection the Hub's client would try for half a minute, also for what was downloaded before.
+        unreachable = "" if local_files_only else _hub_problem(name, revision, token)
+        hub: dict[str, Any] = {
+            "revision": revision, "token": token, "cache_dir": cache_dir,
+            "local_files_only": local_files_only or bool(unreachable),
+        }  # fmt: skip
         if not shards:
             return Path(snapshot_download(name, allow_patterns=_SMALL_FILES, **hub))
         files = [SINGLE_NAME]
@@ -112,9 +120,25 @@ def find_model(
             pass  # an unsharded model has no index; if the model itself is not there, the next call says so
         return Path(snapshot_download(name, allow_patterns=[*_SMALL_FILES, *files], **hub))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        if unreachable:
+            raise CheckpointError(
+                f"there is no folder {name!r}, no model of that name was downloaded before, and the Hub cannot be reached: "
+                f"{unreachable}"
+            ) from error
         raise CheckpointError(
             f"there is no folder {name!r}, and the Hub did not give a model of that name: {_first_line(error)}"
         ) from error
+
+
+def _hub_problem(name: str, revision: str | None, token: str | bool | None) -> str:
+    """Why the Hub cannot be reached; empty when it can. Raises HfHubHTTPError or ValueError when it has no such model."""
+    try:
+        model_info(name, revision=revision, token=token, timeout=10)
+    except (HfHubHTTPError, ValueError):
+        raise
+    except Exception as error:  # whatever the HTTP library of this version raises
+        return _first_line(error)
+    return ""
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
@@ -148,4 +172,7 @@ def _refuse_incomplete(folder: Path, model: PreTrainedModel, info: dict[str, Any
 
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    # A heading says nothing without what stands below it.
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
