@@ -29,7 +29,7 @@ POINTER = ir.PointerType()
 VOID = ir.VoidType()
 
 Value = Any  # an llvmlite value; llvmlite publishes no types
-_NUMBA_TYPES = {"i": types.int64, "h": types.int32, "f": types.float32, "v": types.void}
+_NUMBA_TYPES: dict[str, Any] = {"i": types.int64, "h": types.int32, "f": types.float32, "v": types.void}
 
 
 def vector(element: Any, count: int) -> Any:
@@ -181,5 +181,5 @@ def micro_kernel(name: str, signature: str, emit: Callable[..., Value | None]) -
     signature_of.__signature__ = inspect.Signature(
         [inspect.Parameter(n, positional) for n in names]
     )
-    decorate: Any = intrinsic
-    return decorate(typer)
+    as_intrinsic: Any = intrinsic  # typed for functions whose arity is known
+    return as_intrinsic(typer)

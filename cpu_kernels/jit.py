@@ -10,7 +10,7 @@ from typing import Any
 
 import numba
 
-OPTIONS = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
+OPTIONS: dict[str, Any] = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
 
 
 def native(function: Callable[..., Any]) -> Any:

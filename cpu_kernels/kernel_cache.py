@@ -17,11 +17,12 @@ import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from sys import version_info
 from typing import Any
 
 import numba
+import numba.core.config
 import platformdirs
-from numba.core import config as numba_config
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, _CacheLocator
 from numba.core.ccallback import CFunc
 from numba.core.sigutils import normalize_signature
@@ -46,8 +47,9 @@ def sources_hash() -> str:
 
 
 def _cache_root() -> Path:
-    if numba_config.CACHE_DIR:
-        return Path(numba_config.CACHE_DIR) / "moe-offload-kernels"
+    settings: Any = numba.core.config
+    if settings.CACHE_DIR:
+        return Path(settings.CACHE_DIR) / "moe-offload-kernels"
     return Path(platformdirs.user_cache_dir("moe-offload")) / "kernels"
 
 
@@ -93,7 +95,7 @@ def _prune(root: Path, keep: Path) -> None:
         pass  # another process prunes as well
 
 
-class _Locator(_CacheLocator):  # type: ignore[misc]
+class _Locator(_CacheLocator):
     def __init__(self, folder: Path, key: str) -> None:
         self._folder, self._key = folder, key
         self._py_file = __file__  # Numba names it in its warnings
@@ -108,35 +110,38 @@ class _Locator(_CacheLocator):  # type: ignore[misc]
         return self._key
 
 
-class _Implementation(CompileResultCacheImpl):  # type: ignore[misc]
+class _Implementation(CompileResultCacheImpl):
     def __init__(self, function: Callable[..., Any], folder: Path, key: str) -> None:
+        # not the parent's: it would look for a place beside the function's file
         self._lineno = function.__code__.co_firstlineno
         self._locator = _Locator(folder, key)
-        self._filename_base = self.get_filename_base(function.__name__, "")
+        self._filename_base = f"{function.__name__}-{key}.py{version_info[0]}{version_info[1]}"
 
 
-class _KernelCache(FunctionCache):  # type: ignore[misc]
+class _KernelCache(FunctionCache):
     """Numba's file cache with our folder and a key that leaves closures out."""
 
     def __init__(self, function: Callable[..., Any], folder: Path, key: str) -> None:
         self._key = key
-        implementation = _Implementation(function, folder, key)
-        self._impl_class = lambda _function: implementation
-        super().__init__(function)
+        self._impl_class: Any = lambda _function: _Implementation(function, folder, key)
+        parent: Any = super()
+        parent.__init__(function)
 
     def _index_key(self, signature: Any, codegen: Any) -> Any:
         return signature, codegen.magic_tuple(), self._key
 
     def load_overload(self, signature: Any, target_context: Any) -> Any:
+        parent: Any = super()
         try:
-            return super().load_overload(signature, target_context)
+            return parent.load_overload(signature, target_context)
         except Exception as error:  # a torn or foreign file must cost a compilation, no more
             logger.info("cached kernel %s is unreadable: %s", self._key, error)
             return None
 
     def save_overload(self, signature: Any, data: Any) -> None:
+        parent: Any = super()
         try:
-            super().save_overload(signature, data)
+            parent.save_overload(signature, data)
         except OSError as error:
             logger.info("kernel %s could not be kept: %s", self._key, error)
 
@@ -146,7 +151,8 @@ def compile_job(function: Callable[..., Any], signature: str, key: str) -> Any:
 
     `key` has to name everything the factory specialised the function by.
     """
-    compiled = CFunc(function, normalize_signature(signature), {}, dict(OPTIONS))
+    parse: Any = normalize_signature
+    compiled: Any = CFunc(function, parse(signature), {}, dict(OPTIONS))
     folder = cache_folder()
     if folder is not None:
         compiled._cache = _KernelCache(function, folder, key)
@@ -176,7 +182,7 @@ class _Lazy:
 
     def load(self) -> Callable[..., Any]:
         if self._call is None:
-            dispatcher = numba.njit(**OPTIONS)(self._function)
+            dispatcher: Any = numba.njit(**OPTIONS)(self._function)
             folder = cache_folder()
             if folder is not None:
                 dispatcher._cache = _KernelCache(self._function, folder, "host")

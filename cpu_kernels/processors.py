@@ -1,10 +1,7 @@
 """How many threads this process should use."""
 
 import os
-import sys
 from pathlib import Path
-
-import psutil
 
 
 def default_threads() -> int:
@@ -12,11 +9,9 @@ def default_threads() -> int:
 
     A second hyperthread of a core adds nothing to a kernel that waits for memory.
     """
-    allowed = _allowed_cpus()
-    cores = {_core_of(cpu) for cpu in allowed} if sys.platform == "linux" else set()
-    count = len(cores) or min(psutil.cpu_count(logical=False) or 1, len(allowed))
+    cores = {_core_of(cpu) for cpu in _allowed_cpus()}
     quota = _cgroup_cpus(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
-    return max(1, min(count, int(quota))) if quota is not None else max(1, count)
+    return len(cores) if quota is None else max(1, min(len(cores), int(quota)))
 
 
 def _allowed_cpus() -> list[int]:

@@ -7,9 +7,12 @@ a CPU's name alone (`haswell` with an empty feature list) says nothing through l
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
-import llvmlite.binding as llvm
+import llvmlite.binding
 from numba.core.registry import cpu_target
+
+llvm: Any = llvmlite.binding  # untyped
 
 _PROBE = """
 target triple = "{triple}"
