@@ -1,4 +1,4 @@
-"""The conversation at the terminal: reading what the user says, the slash commands, and when to stop."""
+"""The conversation at the terminal: lines in, answers out, the slash commands."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -28,7 +28,8 @@ def hold(
 
     on_answer: called after each answer. echo: write the answer's text to stdout as it comes.
 
-    At a terminal a mistake is reported and the conversation goes on; from a pipe it ends it (MoeOffloadError).
+    At a terminal a mistake is reported and the conversation goes on; from a pipe it ends it
+    (MoeOffloadError).
     """
     interactive = sys.stdin.isatty()
     if interactive:

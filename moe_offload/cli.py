@@ -1,14 +1,15 @@
 """The command `moe-offload`: generate, chat, info.
 
-Results go to stdout, everything else to stderr. Exit codes: 0, 1 for a bug, 2 for what the user can mend, 130 after Ctrl-C,
-141 when the reader of stdout has gone. torch and transformers are imported by the commands, not with this module.
+Results go to stdout, everything else to stderr. Exit codes: 0, 1 for a bug, 2 for what the user can
+mend, 130 after Ctrl-C, 141 when the reader of stdout has gone. torch and transformers are imported
+by the commands, not with this module.
 """
 
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -79,27 +80,16 @@ def _global(
     pass
 
 
-@app.command()
+@app.command(
+    help="Continue a text, printing it as it comes.\n\n"
+    "The text goes to stdout, everything else to stderr. "
+    "A line end at the very end of a file or of stdin is not part of the prompt."
+)
 def generate(
     model: cli_options.Model,
-    prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", help="The text to continue.")
-    ] = None,
-    prompt_file: Annotated[
-        Path | None,
-        typer.Option(
-            help="Read the prompt from a file. Without either it is read from standard input."
-        ),
-    ] = None,
-    chat: Annotated[
-        bool | None,
-        typer.Option(
-            "--chat/--raw",
-            show_default=False,
-            help="--chat: the prompt is a question, put in the model's chat template (for models tuned to instructions). "
-            "--raw, the default: the model continues the prompt as it is.",
-        ),
-    ] = None,
+    prompt: cli_options.Prompt = None,
+    prompt_file: cli_options.PromptFile = None,
+    chat: cli_options.Chat = None,
     temperature: cli_options.Temperature = None,
     top_k: cli_options.TopK = None,
     top_p: cli_options.TopP = None,
@@ -117,17 +107,12 @@ def generate(
     as_json: cli_options.Json = False,
     verbose: cli_options.Verbose = False,
 ) -> int:
-    """Continue a text, printing it as it comes.
-
-    The text goes to stdout, everything else to stderr. One line end at the end of a file or of standard input is not
-    part of the prompt.
-    """
     sampling = Sampling(
         temperature, top_k, top_p, min_p, repetition_penalty, greedy, seed, max_new_tokens
     )
     options = ModelOptions(
-        model, weights, dtype, threads, cli_options.parse_size(memory_limit), attn_implementation, revision,
-        verbose, show_progress=not as_json,
+        model, weights, dtype, threads, cli_options.parse_size(memory_limit), attn_implementation,
+        revision, verbose, show_progress=not as_json,
     )  # fmt: skip
     text = _prompt(prompt, prompt_file)
     opened = open_model(options)
@@ -136,12 +121,14 @@ def generate(
     return complete(opened, text, sampling, chat=chat, as_json=as_json)
 
 
-@app.command()
+@app.command(
+    help="Talk with a model that is tuned for it.\n\n"
+    "Ctrl-C stops an answer, Ctrl-D leaves, /help lists the commands. "
+    "From a pipe each line is one turn; with --json each answer is one JSON object on a line."
+)
 def chat(
     model: cli_options.Model,
-    system: Annotated[
-        str, typer.Option(help="What the model is told before the conversation.")
-    ] = "",
+    system: cli_options.System = "",
     temperature: cli_options.Temperature = None,
     top_k: cli_options.TopK = None,
     top_p: cli_options.TopP = None,
@@ -159,17 +146,12 @@ def chat(
     as_json: cli_options.Json = False,
     verbose: cli_options.Verbose = False,
 ) -> int:
-    """Talk with a model that is tuned for it.
-
-    Ctrl-C stops an answer, Ctrl-D leaves, /help lists the commands. From a pipe each line is one turn; with --json each
-    answer is one JSON object on a line.
-    """
     sampling = Sampling(
         temperature, top_k, top_p, min_p, repetition_penalty, greedy, seed, max_new_tokens
     )
     options = ModelOptions(
-        model, weights, dtype, threads, cli_options.parse_size(memory_limit), attn_implementation, revision,
-        verbose, show_progress=not as_json,
+        model, weights, dtype, threads, cli_options.parse_size(memory_limit), attn_implementation,
+        revision, verbose, show_progress=not as_json,
     )  # fmt: skip
     _require_text(system, "--system")
     opened = open_model(options)
@@ -178,21 +160,20 @@ def chat(
     return converse(opened, sampling, system=system, as_json=as_json)
 
 
-@app.command()
+@app.command(help="Show what a model is and what it needs, without loading its weights.")
 def info(
     model: cli_options.Model,
     revision: cli_options.Revision = None,
     as_json: cli_options.Json = False,
     verbose: cli_options.Verbose = False,
 ) -> None:
-    """Show what a model is and what it needs, without loading its weights."""
     import_libraries(ModelOptions(model, verbose=verbose, show_progress=not as_json))
     from moe_offload.report import make_report
     from moe_offload.report_table import print_report
 
     report = make_report(model, revision)
     if as_json:
-        print_json(report.to_dict())
+        terminal.write(json.dumps(report.to_dict(), ensure_ascii=False, indent=2) + "\n")
     else:
         print_report(report)
 
@@ -225,8 +206,3 @@ def _require_text(text: str, flag: str) -> str:
     except UnicodeEncodeError as error:
         raise OptionError(f"{flag} is not UTF-8 text (character {error.start})") from error
     return text
-
-
-def print_json(content: dict[str, Any]) -> None:
-    """One object on stdout."""
-    terminal.write(json.dumps(content, ensure_ascii=False, indent=2) + "\n")

@@ -1,6 +1,7 @@
 """The options that commands share, as typer wants them declared, and values with a unit."""
 
 import re
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated
 
@@ -16,9 +17,24 @@ Model = Annotated[
     typer.Argument(
         metavar="MODEL",
         show_default=False,
-        help="A folder in Hugging Face format, the id of a model on the Hub, or 'demo' for the small one in this package.",
+        help="A folder in Hugging Face format, the id of a model on the Hub, or 'demo', "
+        "the small model in this package.",
     ),
 ]
+Prompt = Annotated[str | None, typer.Option("--prompt", "-p", help="The text to continue.")]
+PromptFile = Annotated[
+    Path | None, typer.Option(help="Read the prompt from a file; without either, from stdin.")
+]
+Chat = Annotated[
+    bool | None,
+    typer.Option(
+        "--chat/--raw",
+        show_default=False,
+        help="--chat: answer the prompt, put into the model's chat template (for models tuned to "
+        "instructions). --raw, the default: continue the prompt's text as it is.",
+    ),
+]
+System = Annotated[str, typer.Option(help="What the model is told before the conversation.")]
 Temperature = Annotated[
     float | None,
     typer.Option(
@@ -132,19 +148,25 @@ def parse_size(text: str | None) -> int | None:
     if match is None:
         raise OptionError(f"--memory-limit {text} is no size: write it like 512MB, 8GB or 8GiB")
     number, unit = match.groups()
-    size = int(float(number) * _UNITS[(unit or "").upper()])
-    if size < 1:
-        raise OptionError(f"--memory-limit {text} is out of bounds: it must be at least 1 byte")
+    size = int(Fraction(number) * _UNITS[(unit or "").upper()])
+    if not 1 <= size < 2**63:
+        raise OptionError(
+            f"--memory-limit {text} is out of bounds: 1 byte is the least, 8 EiB too much"
+        )
     return size
 
 
 def read_utf8(data: bytes, where: str) -> str:
-    """Text from a file or pipe, its last line end taken off. Raises OptionError for what is no UTF-8."""
+    """Text from a file or pipe, its last line end taken off.
+
+    Raises OptionError for what is no UTF-8.
+    """
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
         raise OptionError(
-            f"{where} is not UTF-8 text: byte 0x{data[error.start]:02x} at position {error.start} ({error.reason})"
+            f"{where} is not UTF-8 text: byte 0x{data[error.start]:02x} at position {error.start} "
+            f"({error.reason})"
         ) from error
     return text.removesuffix("\n").removesuffix("\r")
 

@@ -42,16 +42,19 @@ def complete(
     room_for_answer(len(ids), context, 1)  # before the weights are loaded
     if chat is None and tokenizer.chat_template and terminal.console().is_terminal and not as_json:
         terminal.note(
-            "the model continues this text as it is; for a question add --chat (--raw leaves out this note)"
+            "the model continues this text as it is; for a question add --chat (--raw leaves out "
+            "this note)"
         )
     model, load_seconds = opened.load()
-    with model.offload:
+    engine: Any = model.offload
+    with engine:
         config = sampling.apply(model.generation_config)
         wanted = sampling.max_new_tokens or config.max_new_tokens or _MAX_NEW_TOKENS
         config.max_new_tokens = room_for_answer(len(ids), context, wanted)
         if sampling.max_new_tokens is not None and config.max_new_tokens < wanted:
             terminal.note(
-                f"the context of {context} tokens leaves {config.max_new_tokens} beside the prompt's {len(ids)}; "
+                f"the context of {context} tokens leaves {config.max_new_tokens} beside the "
+                f"prompt's {len(ids)}; "
                 f"--max-new-tokens {wanted} is cut to that"
             )
         seed = _start_chance(sampling, config.do_sample)
@@ -78,7 +81,8 @@ def converse(opened: OpenedModel, sampling: Sampling, *, system: str, as_json: b
     """`moe-offload chat`: turns until the user leaves. Returns the exit code."""
     require_template(opened.tokenizer)
     model, load_seconds = opened.load()
-    with model.offload:
+    engine: Any = model.offload
+    with engine:
         conversation = Conversation(
             model,
             opened.tokenizer,
@@ -116,7 +120,7 @@ def _result(
     load_seconds: float,
 ) -> dict[str, Any]:
     """An answer as the object that --json prints."""
-    engine = model.offload
+    engine: Any = model.offload
     return {
         "model": opened.options.name,
         "prompt_tokens": generation.prompt_tokens,

@@ -1,4 +1,4 @@
-"""A conversation with a model: its turns, the room they have, and the keys and values kept between them."""
+"""A conversation with a model: its turns, their room, and the cache kept between them."""
 
 from collections.abc import Callable, Sequence
 
@@ -20,7 +20,10 @@ _MAX_NEW_TOKENS = 2048
 
 
 class Conversation:
-    """Turns of a user and a model. `ask` adds one; the cache makes the model read only what is new."""
+    """Turns of a user and a model.
+
+    `ask` adds one; the cache makes the model read only what is new.
+    """
 
     def __init__(
         self,
@@ -45,11 +48,13 @@ class Conversation:
         self._cached_ids: tuple[int, ...] = ()
 
     def ask(self, text: str, on_text: Callable[[str], None]) -> Generation:
-        """The model's answer to `text`. Both become part of the conversation, an interrupted answer as far as it went.
+        """The model's answer to `text`. Both become part of the conversation, an interrupted answer
+        as far as it went.
 
         The oldest turns are dropped when there is no room for them any more.
 
-        Raises OptionError, leaving the conversation as it was, when `text` alone is too long for the context.
+        Raises OptionError, leaving the conversation as it was, when `text` alone is too long for
+        the context.
         """
         turns = [*self.messages, {"role": "user", "content": text}]
         ids, room, self.dropped = self._fit(turns)
@@ -89,7 +94,7 @@ class Conversation:
         return ids
 
     def _cache_for(self, ids: Sequence[int]) -> DynamicCache | None:
-        """What the cache holds of the beginning of `ids`; None when nothing or when it cannot be cut to that."""
+        """The cache, cut to what it shares with the beginning of `ids`; None where that fails."""
         if not self._reuse_cache or self._cache is None:
             return None
         same = 0

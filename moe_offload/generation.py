@@ -1,4 +1,4 @@
-"""One answer of a model: text as it comes, an end that can be called for, and how long what took."""
+"""One answer of a model: text as it comes, an end on demand, and how long what took."""
 
 import signal
 import threading
@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 import torch
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
-from transformers.generation import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 from moe_offload.models.errors import CheckpointError
 from moe_offload.progress import Activity, Amount
@@ -35,7 +35,10 @@ class Phase:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """What came out. `cache` holds the keys and values of `cached_ids`; None where it cannot be continued."""
+    """What came out.
+
+    `cache` holds the keys and values of `cached_ids`; None where it cannot be continued.
+    """
 
     prompt_tokens: int
     new_ids: tuple[int, ...]
@@ -77,22 +80,24 @@ def generate(
     cache: DynamicCache | None = None,
     show_progress: bool = False,
 ) -> Generation:
-    """Continue `prompt_ids` by at most `config.max_new_tokens`, calling `on_text` with each piece of text.
+    """Continue `prompt_ids` by at most `config.max_new_tokens`, calling `on_text` with each piece
+    of text.
 
     before: the tokens that the text continues, where it does (see TextDecoder).
     cache: keys and values of a beginning of `prompt_ids`, at least one token shorter.
 
-    Ctrl-C ends it with what there is (finish_reason "interrupted"), it raises nothing: the first one after the token at
-    hand, while the prompt is read or when pressed again at once.
+    Ctrl-C ends it with what there is (finish_reason "interrupted"), it raises nothing: the first
+    one after the token at hand, while the prompt is read or when pressed again at once.
     """
     ids = torch.tensor([list(prompt_ids)], device=model.device)
     unread = ids.shape[1] - (cache.get_seq_length() if cache is not None else 0)
-    statistics = model.offload.statistics
+    engine: Any = model.offload
+    statistics = engine.statistics
     before_all = statistics.snapshot()
 
     def reading() -> Amount:
         calls = (statistics.snapshot() - before_all).layer_calls
-        return min(1.0, calls / len(model.offload.spec.layers)) * unread, unread, "tokens"
+        return min(1.0, calls / len(engine.spec.layers)) * unread, unread, "tokens"
 
     activity = Activity("reading the prompt", enabled=show_progress, measure=reading)
 
@@ -119,7 +124,8 @@ def generate(
             if "probability tensor" not in str(error):
                 raise
             raise CheckpointError(
-                "the model computes NaN or infinite probabilities: its weights are damaged, or the --dtype is too narrow"
+                "the model computes NaN or infinite probabilities: its weights are damaged, or "
+                "the --dtype is too narrow"
             ) from error
     kept = _continuable(output)
     new_ids = tuple(stream.ids)
@@ -136,10 +142,11 @@ def generate(
     )
 
 
-class _Interrupts(StoppingCriteria):  # type: ignore[misc]
+class _Interrupts(StoppingCriteria):
     """Ctrl-C as a wish to stop after the token at hand, so that the cache stays whole.
 
-    Before the first token there is nothing to keep, and pressed again it cannot wait: then it is a KeyboardInterrupt.
+    Before the first token there is nothing to keep, and pressed again it cannot wait: then it is a
+    KeyboardInterrupt.
     """
 
     def __init__(self, stream: TextStream) -> None:

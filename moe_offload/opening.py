@@ -1,9 +1,9 @@
-"""From what the command line was given to a loaded model, in the order in which mistakes are cheapest to find."""
+"""From the command line's options to a loaded model: the cheapest mistakes are found first."""
 
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 from moe_offload import terminal
 from moe_offload.models.errors import OptionError
@@ -35,6 +35,10 @@ class ModelOptions:
             raise OptionError(f"--dtype {self.dtype} is not one of {', '.join(DTYPES)}")
         if self.threads is not None and self.threads < 1:
             raise OptionError(f"--threads {self.threads} is out of bounds: it must be at least 1")
+        if self.weights not in get_args(Weights):
+            raise OptionError(
+                f"--weights {self.weights} is not one of {', '.join(get_args(Weights))}"
+            )
         Options(cast(Weights, self.weights), self.threads, self.memory_limit)
 
 
@@ -95,14 +99,14 @@ def open_model(options: ModelOptions) -> OpenedModel:
 def import_libraries(options: ModelOptions) -> None:
     """Import torch and transformers, which takes seconds, and have them speak only when asked."""
     with Activity("starting", enabled=options.show_progress):
-        import huggingface_hub.utils
+        from huggingface_hub.utils.tqdm import disable_progress_bars
         from transformers.utils import logging
 
         import moe_offload.loading  # noqa: F401
     if not options.verbose:
         logging.set_verbosity(50)  # transformers logs as an error what it then raises
     if not options.show_progress or not terminal.console().is_terminal:
-        huggingface_hub.utils.disable_progress_bars()
+        disable_progress_bars()
 
 
 class _Counted:

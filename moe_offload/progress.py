@@ -1,4 +1,5 @@
-"""A line on the terminal for work that lasts: what is done, how much of it, its rate and the time left.
+"""A line on the terminal for work that lasts: what is done, how much of it, its rate and the time
+left.
 
 It appears when the work has lasted a second, and is gone when the work is done. Where stderr is no
 terminal there is none.
@@ -35,7 +36,8 @@ Amount = tuple[float, float | None, str]
 class Activity:
     """Shows one piece of work: `with Activity("loading demo") as activity: ...`.
 
-    Either the work says how far it is (`update`), or `measure` is asked, from a thread of this class.
+    Either the work says how far it is (`update`), or `measure` is asked, from a thread of this
+    class.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Text into token ids: the tokenizer of a model folder, its chat template, and the room that the context has."""
+"""Text into token ids: a model's tokenizer, its chat template, the room in its context."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,21 +23,25 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in `folder`. Raises CheckpointError when there is none, or a damaged one."""
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise CheckpointError(
-            f"{folder} has no tokenizer (tokenizer.json or tokenizer.model): copy the one of the original model there"
+            f"{folder} has no tokenizer (tokenizer.json or tokenizer.model): copy the one of the "
+            "original model there"
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (
         Exception
     ) as error:  # damaged files raise whatever they like, the Rust part bare Exception
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(f"the tokenizer in {folder} cannot be read: {lines[0]}") from error
+        lines = str(error).strip().splitlines() or [""]
+        raise CheckpointError(
+            f"the tokenizer in {folder} cannot be read ({type(error).__name__}: {lines[0].rstrip(':')}): "
+            "its files are incomplete or damaged, copy those of the original model there"
+        ) from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer
 
 
 def max_context(config: PreTrainedConfig) -> int | None:
-    """Tokens that prompt and answer may have together; None where the architecture sets no bound."""
+    """Tokens that prompt and answer may have together; None where there is no bound."""
     return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
@@ -67,17 +71,22 @@ def require_template(tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise unless the model can hold a conversation."""
     if not tokenizer.chat_template:
         raise OptionError(
-            "this model has no chat template, it only continues text: use `moe-offload generate` without --chat"
+            "this model has no chat template, it only continues text: use `moe-offload generate` "
+            "without --chat"
         )
 
 
 def room_for_answer(prompt_tokens: int, context: int | None, wanted: int) -> int:
-    """How many of `wanted` new tokens fit behind the prompt. Raises OptionError when not even one does."""
+    """How many of `wanted` new tokens fit behind the prompt.
+
+    Raises OptionError when not even one does.
+    """
     if context is None:
         return wanted
     if prompt_tokens >= context:
         raise OptionError(
-            f"the prompt has {prompt_tokens} tokens, but the model's context holds {context}, answer included: shorten it"
+            f"the prompt has {prompt_tokens} tokens, but the model's context holds {context}, "
+            "answer included: shorten it"
         )
     return min(wanted, context - prompt_tokens)
 
@@ -87,5 +96,6 @@ def require_known_ids(ids: Sequence[int], config: PreTrainedConfig) -> None:
     size = int(config.get_text_config(decoder=True).vocab_size)
     if max(ids) >= size:
         raise CheckpointError(
-            f"the tokenizer makes token {max(ids)}, but the model's vocabulary has {size}: it belongs to another model"
+            f"the tokenizer makes token {max(ids)}, but the model's vocabulary has {size}: it "
+            "belongs to another model"
         )

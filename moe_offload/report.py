@@ -1,4 +1,4 @@
-"""What `moe-offload info` knows about a model: from its configuration and its files' headers, no weight read."""
+"""What `moe-offload info` knows: from the configuration and the headers, no weight read."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -79,7 +79,10 @@ class Report:
 
 
 def make_report(name: str, revision: str | None = None) -> Report:
-    """Read what is needed of the model called `name`. Raises as `load` does for what is wrong with it."""
+    """Read what is needed of the model called `name`.
+
+    Raises as `load` does for what is wrong with it.
+    """
     folder = find_model(name, revision=revision, shards=False)
     config = read_config(folder)
     skeleton = build_skeleton(config)
@@ -112,7 +115,10 @@ def make_report(name: str, revision: str | None = None) -> Report:
 
 
 def fit(expert_bytes: int, other_bytes: int, memory: Memory) -> Fit:
-    """Whether a model's weights fit in this machine's memory. Experts may stay on disk, all else may not."""
+    """Whether a model's weights fit in this machine's memory.
+
+    Experts may stay on disk, all else may not.
+    """
     if expert_bytes + other_bytes <= memory.available:
         return "fits"
     if expert_bytes + other_bytes <= memory.total:

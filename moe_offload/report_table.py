@@ -27,7 +27,8 @@ def print_report(report: Report) -> None:
         console = Console(highlight=False, width=_WIDTH)
     free, total = format_bytes(report.memory.available), format_bytes(report.memory.total)
     memory = Text(
-        f"This machine has {total} of memory, {free} free. Sizes are weights alone, what is not an expert in 16 bits."
+        f"This machine has {total} of memory, {free} free. Sizes are weights alone, what is not an"
+        " expert in 16 bits."
     )
     console.print(Group(_facts(report), Text(), _formats(report), memory))
 
@@ -57,7 +58,8 @@ def _facts(report: Report) -> Table:
         files = f"{stored.files} file{'s' if stored.files > 1 else ''}"
         table.add_row(
             "stored as",
-            f"{stored.format}, {format_bytes(stored.bytes)} in {files}: {format_bytes(stored.expert_bytes)} experts, "
+            f"{stored.format}, {format_bytes(stored.bytes)} in {files}: "
+            f"{format_bytes(stored.expert_bytes)} experts, "
             f"{format_bytes(stored.non_expert_bytes)} other",
         )
     return table
@@ -76,7 +78,8 @@ def _experts(layers: Sequence[MoeLayerSpec]) -> str:
         for layer in layers
     )
     return "; ".join(
-        f"{experts} per layer, {top_k} per token, {hidden} x {inner} ({count(params)} parameters each)"
+        f"{experts} per layer, {top_k} per token, {hidden} x {inner} ({count(params)} parameters "
+        "each)"
         for experts, top_k, hidden, inner, params in kinds
     )
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
-from transformers.generation import BaseStreamer
+from transformers.generation.streamers import BaseStreamer
 
 # What a decoder puts where bytes are no character, or not yet a whole one.
 _INCOMPLETE = "\ufffd"
@@ -14,9 +14,9 @@ _INCOMPLETE = "\ufffd"
 class TextDecoder:
     """Turns a growing list of tokens into a growing text.
 
-    A token need not be a character: one may hold half of it, and some tokenizers write a space only between two tokens. So
-    each piece is the difference between the text of a few tokens with and without the new ones, and is held back while
-    it ends in half a character.
+    A token need not be a character: one may hold half of it, and some tokenizers write a space only
+    between two tokens. So each piece is the difference between the text of a few tokens with and
+    without the new ones, and is held back while it ends in half a character.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, before: Sequence[int] = ()) -> None:
@@ -51,7 +51,10 @@ class TextDecoder:
 
 
 class TextStream(BaseStreamer):
-    """What `generate` hands its tokens to. `on_token` is called for each, with the text it made certain."""
+    """What `generate` hands its tokens to.
+
+    `on_token` is called for each, with the text it made certain.
+    """
 
     def __init__(self, decoder: TextDecoder, on_token: Callable[[str], None]) -> None:
         self.ids: list[int] = []

@@ -1,6 +1,6 @@
-"""What the command line says beside its results, all of it on stderr; results alone go to stdout.
+"""What the command line says beside its results: on stderr, while results go to stdout.
 
-One line each: `error: ...`, `note: ...`, and dim figures after a generation. Progress is in progress.py.
+One line each: `error: ...`, `note: ...`, and dim figures after a generation.
 """
 
 import logging
@@ -52,7 +52,7 @@ def write(text: str) -> None:
 
 
 def discard_output() -> None:
-    """Point stdout to nowhere, lest the interpreter complain about the closed pipe when it exits."""
+    """Point stdout to nowhere, lest the interpreter complain of the closed pipe at its exit."""
     try:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
