@@ -30,10 +30,11 @@ from benchmarks.demo_model.ngram import KneserNey
 
 HERE = Path(__file__).resolve().parent
 WINDOW, STRIDE = 1024, 512
+# no line break at the end: it belongs to the next token, together with the indentation
 CODE_PROMPTS = [
-    '"""Utilities for reading configuration files."""\n\nimport os\n',
-    "class Queue:\n    def __init__(self, maxsize=0):\n",
-    "def parse_args(argv=None):\n",
+    '"""Utilities for reading configuration files."""\n\nimport os',
+    "class Queue:\n    def __init__(self, maxsize=0):",
+    "def parse_args(argv=None):",
 ]
 QUESTIONS = ["Return the size of a file in bytes.", "Close the connection."]
 

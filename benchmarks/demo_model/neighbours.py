@@ -6,8 +6,7 @@ threads are four times slower than one, because one of them waits for a core whi
 
 import os
 import time
-
-import psutil
+from pathlib import Path
 
 
 class Neighbours:
@@ -17,7 +16,6 @@ class Neighbours:
         self.every_s = every_s
         self.cores = os.cpu_count() or 1
         self.threads = self.cores
-        self._process = psutil.Process()
         self._last = self._reading()
 
     def free_threads(self) -> int:
@@ -32,7 +30,8 @@ class Neighbours:
 
     def _reading(self) -> tuple[float, float, float]:
         """Wall time, processor time of all processes, processor time of this one."""
-        machine = psutil.cpu_times()
-        own = self._process.cpu_times()
-        busy = sum(machine) - machine.idle - getattr(machine, "iowait", 0.0)
+        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+        user, nice, system, _idle, _iowait, *interrupts = map(int, fields)
+        busy = (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
+        own = os.times()
         return time.monotonic(), busy, own.user + own.system

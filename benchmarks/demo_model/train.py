@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from benchmarks.demo_model.batches import Batches, encode_all
-from benchmarks.demo_model.corpus import BOS, EOS, load_corpus
+from benchmarks.demo_model.corpus import BOS, EOS, USER, load_corpus
 from benchmarks.demo_model.tokenizer import load_tokenizer, train_tokenizer
 from benchmarks.demo_model.training import Recipe, Training, held_out_loss
 
@@ -62,9 +62,11 @@ def export(model: Any, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None
     beside = folder.parent / f".{folder.name}.tmp"
     beside.mkdir(parents=True, exist_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    model.generation_config = GenerationConfig(
+    make: Any = GenerationConfig
+    model.generation_config = make(
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        # a new question ends a reply as well as the end of a file does
+        eos_token_id=[tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(USER)],
         pad_token_id=tokenizer.pad_token_id,
         do_sample=True,
         temperature=0.7,

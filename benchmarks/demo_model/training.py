@@ -21,7 +21,7 @@ class Recipe:
     tokens_per_step: int = 4096
     window: int = 256
     long_window: int = 1024  # the last part of training sees the context the config promises
-    long_from: float = 0.9
+    long_from: float = 0.8
     chat_share: float = 0.125
     lr: float = 4e-3
     warm_up_steps: int = 100
@@ -76,7 +76,7 @@ class Training:
         self.seconds_used = 0.0
         self._neighbours = Neighbours()
         # compiled loops ask for the number of threads when they run
-        options = {"cpp.dynamic_threads": True}
+        options: Any = {"cpp.dynamic_threads": True}
         self._losses = torch.compile(losses, dynamic=False, options=options) if compiled else losses
 
     def step(self, inputs: Tensor, targets: Tensor, lr: float) -> Tensor:

@@ -1,0 +1,1 @@
+"""Scripts that measure, run from the repository root as `python -m benchmarks.name`."""

@@ -1,0 +1,1 @@
+"""How the demo model was made and what it is worth: see README.md."""
