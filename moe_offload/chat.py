@@ -53,7 +53,7 @@ def _take(
         _command(line, conversation)
     elif line:
         generation = conversation.ask(line, write if echo else _silent)
-        if echo and not generation.text.endswith("\n"):
+        if echo and generation.text and not generation.text.endswith("\n"):
             write("\n")
         if conversation.dropped:
             terminal.note(_dropped(conversation.dropped))

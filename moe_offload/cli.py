@@ -1,38 +1,30 @@
-"""The command `moe-offload`: generate, chat, info.
+"""`moe-offload`: runs a command and turns what went wrong into one line and an exit code.
 
-Results go to stdout, everything else to stderr. Exit codes: 0, 1 for a bug, 2 for what the user can
-mend, 130 after Ctrl-C, 141 when the reader of stdout has gone. torch and transformers are imported
-by the commands, not with this module.
+0, 1 for a bug, 2 for what the user can mend, 130 after Ctrl-C, 141 when nobody reads stdout.
 """
 
-import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated
 
-import typer
+from moe_offload.models.errors import MoeOffloadError
 
-from moe_offload import __version__, cli_options, terminal
-from moe_offload.models.errors import MoeOffloadError, OptionError
-from moe_offload.opening import ModelOptions, import_libraries, open_model
-from moe_offload.sampling import Sampling
-
-INTERRUPTED = 130  # 128 + SIGINT, as a shell counts
-OUTPUT_CLOSED = 141  # 128 + SIGPIPE
-
-app = typer.Typer(
-    help="Run Hugging Face Mixture-of-Experts models on the servers people already have.",
-    epilog="Try it: moe-offload generate demo -p 'def main():'",
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-)
+_INTERRUPTED = 130  # 128 + SIGINT, as a shell counts
+_OUTPUT_CLOSED = 141  # 128 + SIGPIPE
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _run(given)
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+
+
+def _run(given: list[str]) -> int:
+    from moe_offload import terminal
+    from moe_offload.commands import app
+
     verbose = "--verbose" in given
     try:
         with terminal.notes(verbose):
@@ -43,166 +35,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except terminal.OutputClosedError:
         terminal.discard_output()
-        return OUTPUT_CLOSED
-    except KeyboardInterrupt:
-        return INTERRUPTED
+        return _OUTPUT_CLOSED
     except Exception as error:
-        if hasattr(
-            error, "format_message"
-        ):  # typer's (or click's) own: an unknown option, a missing argument
+        if hasattr(error, "format_message"):  # typer's own: an unknown option, a missing argument
             terminal.error(error.format_message())
-            return int(getattr(error, "exit_code", 2))
-        if type(error).__name__ == "Abort":  # click's way of saying KeyboardInterrupt
-            return INTERRUPTED
+            return 2
+        if type(error).__name__ == "Abort":  # typer's word for Ctrl-C
+            return _INTERRUPTED
         if verbose:
             raise
         terminal.error(
             f"{type(error).__name__}: {error} (this should not happen; --verbose shows where)"
         )
         return 1
-
-
-def _version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"moe-offload {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _global(
-    version: Annotated[
-        bool,
-        typer.Option(
-            "--version", callback=_version, is_eager=True, help="Show the version and exit."
-        ),
-    ] = False,
-) -> None:
-    pass
-
-
-@app.command(
-    help="Continue a text, printing it as it comes.\n\n"
-    "The text goes to stdout, everything else to stderr. "
-    "A line end at the very end of a file or of stdin is not part of the prompt."
-)
-def generate(
-    model: cli_options.Model,
-    prompt: cli_options.Prompt = None,
-    prompt_file: cli_options.PromptFile = None,
-    chat: cli_options.Chat = None,
-    temperature: cli_options.Temperature = None,
-    top_k: cli_options.TopK = None,
-    top_p: cli_options.TopP = None,
-    min_p: cli_options.MinP = None,
-    repetition_penalty: cli_options.RepetitionPenalty = None,
-    greedy: cli_options.Greedy = False,
-    seed: cli_options.Seed = None,
-    max_new_tokens: cli_options.MaxNewTokens = None,
-    threads: cli_options.Threads = None,
-    weights: cli_options.Weights = "auto",
-    dtype: cli_options.Dtype = "auto",
-    memory_limit: cli_options.MemoryLimit = None,
-    attn_implementation: cli_options.AttnImplementation = None,
-    revision: cli_options.Revision = None,
-    as_json: cli_options.Json = False,
-    verbose: cli_options.Verbose = False,
-) -> int:
-    sampling = Sampling(
-        temperature, top_k, top_p, min_p, repetition_penalty, greedy, seed, max_new_tokens
-    )
-    options = ModelOptions(
-        model, weights, dtype, threads, cli_options.parse_size(memory_limit), attn_implementation,
-        revision, verbose, show_progress=not as_json,
-    )  # fmt: skip
-    text = _prompt(prompt, prompt_file)
-    opened = open_model(options)
-    from moe_offload.completion import complete
-
-    return complete(opened, text, sampling, chat=chat, as_json=as_json)
-
-
-@app.command(
-    help="Talk with a model that is tuned for it.\n\n"
-    "Ctrl-C stops an answer, Ctrl-D leaves, /help lists the commands. "
-    "From a pipe each line is one turn; with --json each answer is one JSON object on a line."
-)
-def chat(
-    model: cli_options.Model,
-    system: cli_options.System = "",
-    temperature: cli_options.Temperature = None,
-    top_k: cli_options.TopK = None,
-    top_p: cli_options.TopP = None,
-    min_p: cli_options.MinP = None,
-    repetition_penalty: cli_options.RepetitionPenalty = None,
-    greedy: cli_options.Greedy = False,
-    seed: cli_options.Seed = None,
-    max_new_tokens: cli_options.MaxNewTokens = None,
-    threads: cli_options.Threads = None,
-    weights: cli_options.Weights = "auto",
-    dtype: cli_options.Dtype = "auto",
-    memory_limit: cli_options.MemoryLimit = None,
-    attn_implementation: cli_options.AttnImplementation = None,
-    revision: cli_options.Revision = None,
-    as_json: cli_options.Json = False,
-    verbose: cli_options.Verbose = False,
-) -> int:
-    sampling = Sampling(
-        temperature, top_k, top_p, min_p, repetition_penalty, greedy, seed, max_new_tokens
-    )
-    options = ModelOptions(
-        model, weights, dtype, threads, cli_options.parse_size(memory_limit), attn_implementation,
-        revision, verbose, show_progress=not as_json,
-    )  # fmt: skip
-    _require_text(system, "--system")
-    opened = open_model(options)
-    from moe_offload.completion import converse
-
-    return converse(opened, sampling, system=system, as_json=as_json)
-
-
-@app.command(help="Show what a model is and what it needs, without loading its weights.")
-def info(
-    model: cli_options.Model,
-    revision: cli_options.Revision = None,
-    as_json: cli_options.Json = False,
-    verbose: cli_options.Verbose = False,
-) -> None:
-    import_libraries(ModelOptions(model, verbose=verbose, show_progress=not as_json))
-    from moe_offload.report import make_report
-    from moe_offload.report_table import print_report
-
-    report = make_report(model, revision)
-    if as_json:
-        terminal.write(json.dumps(report.to_dict(), ensure_ascii=False, indent=2) + "\n")
-    else:
-        print_report(report)
-
-
-def _prompt(prompt: str | None, prompt_file: Path | None) -> str:
-    """The text of the prompt, from wherever it comes; OptionError when there is none."""
-    if prompt is not None and prompt_file is not None:
-        raise OptionError("--prompt and --prompt-file exclude each other: give one")
-    if prompt is not None:
-        text = _require_text(prompt, "--prompt")
-    elif prompt_file is not None:
-        text = cli_options.read_file(prompt_file)
-    else:
-        if sys.stdin.isatty():
-            terminal.note(
-                "type the prompt and end it with Ctrl-D on a line of its own (or give it with -p)"
-            )
-        text = cli_options.read_utf8(sys.stdin.buffer.read(), "standard input")
-    if not text:
-        raise OptionError(
-            "the prompt is empty: give -p TEXT, --prompt-file FILE or text on standard input"
-        )
-    return text
-
-
-def _require_text(text: str, flag: str) -> str:
-    """An argument's bytes that are no UTF-8 come as lone surrogates, which no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise OptionError(f"{flag} is not UTF-8 text (character {error.start})") from error
-    return text

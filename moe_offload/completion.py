@@ -71,7 +71,7 @@ def complete(
             result = _result(opened, model, generation, seed, load_seconds)
             terminal.write(json.dumps(result, ensure_ascii=False, indent=2) + "\n")
         else:
-            if not generation.text.endswith("\n"):
+            if generation.text and not generation.text.endswith("\n"):
                 terminal.write("\n")
             terminal.figures(generation.describe())
     return _INTERRUPTED if generation.finish_reason == "interrupted" else 0

@@ -1,5 +1,6 @@
 """One answer of a model: text as it comes, an end on demand, and how long what took."""
 
+import copy
 import signal
 import threading
 from collections.abc import Callable, Sequence
@@ -52,14 +53,16 @@ class Generation:
 
     def describe(self) -> str:
         """The line below an answer."""
+        if not self.new_ids:
+            return "interrupted before the first token"
         parts = []
-        if self.new_ids:
-            parts.append(f"first token after {self.prefill.seconds:.2f} s")
+        if self.prefill.tokens:
+            parts.append(f"first token {self.prefill.seconds:.2f} s")
             parts.append(f"prefill {_rate(self.prefill)}")
         if self.decode.tokens:
             parts.append(f"decode {_rate(self.decode)}")
         if self.experts.bytes_read:
-            parts.append(f"experts read at {self.experts.gigabytes_per_second:.1f} GB/s")
+            parts.append(f"experts {self.experts.gigabytes_per_second:.1f} GB/s")
         count = f"{len(self.new_ids)} token{'' if len(self.new_ids) == 1 else 's'}"
         ends = {
             "stop": count,
@@ -89,6 +92,8 @@ def generate(
     Ctrl-C ends it with what there is (finish_reason "interrupted"), it raises nothing: the first
     one after the token at hand, while the prompt is read or when pressed again at once.
     """
+    config = copy.copy(config)
+    config.return_dict_in_generate = True  # it holds the cache
     ids = torch.tensor([list(prompt_ids)], device=model.device)
     unread = ids.shape[1] - (cache.get_seq_length() if cache is not None else 0)
     engine: Any = model.offload
@@ -115,7 +120,6 @@ def generate(
                 generation_config=config,
                 streamer=stream,
                 stopping_criteria=StoppingCriteriaList([interrupts]),
-                return_dict_in_generate=True,
                 **({} if cache is None else {"past_key_values": cache}),
             )
         except KeyboardInterrupt:
@@ -204,4 +208,4 @@ def _continuable(output: Any) -> DynamicCache | None:
 
 def _rate(phase: Phase) -> str:
     speed = phase.tokens_per_second
-    return f"{speed:.0f} tokens/s" if speed >= 99.5 else f"{speed:.3g} tokens/s"
+    return f"{speed:.0f} tok/s" if speed >= 99.5 else f"{speed:.3g} tok/s"

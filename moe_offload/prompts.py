@@ -28,12 +28,11 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (
-        Exception
-    ) as error:  # damaged files raise whatever they like, the Rust part bare Exception
+    except Exception as error:  # damaged files raise whatever they like
         lines = str(error).strip().splitlines() or [""]
+        reason = f"{type(error).__name__}: {lines[0].rstrip(': ')}"
         raise CheckpointError(
-            f"the tokenizer in {folder} cannot be read ({type(error).__name__}: {lines[0].rstrip(':')}): "
+            f"the tokenizer in {folder} cannot be read ({reason}): "
             "its files are incomplete or damaged, copy those of the original model there"
         ) from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)

@@ -13,6 +13,11 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.text import Text
 
+# Control characters that a model may write but a terminal should not obey.
+_HARMLESS = {
+    code: "\ufffd" for code in (*range(32), 127, *range(128, 160)) if chr(code) not in "\t\n"
+}
+
 
 class OutputClosedError(Exception):
     """Nobody reads stdout any more (`| head -1`): there is nothing left to do."""
@@ -40,6 +45,8 @@ def figures(message: str) -> None:
 
 def write(text: str) -> None:
     """A piece of the result, at once. Raises OutputClosedError when nobody reads."""
+    if sys.stdout.isatty():
+        text = text.translate(_HARMLESS)
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
