@@ -1,1 +1,1 @@
-"""Scripts that measure, run from the repository root as `python -m benchmarks.name`."""
+"""One question a file, with its result in results/. Run from the root: `python -m benchmarks.NAME [--smoke]`."""

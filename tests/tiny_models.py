@@ -111,8 +111,14 @@ ARCHITECTURES = (
 
 
 def known_architectures() -> list[str]:
-    """Those of ARCHITECTURES that the installed transformers has."""
-    return [name for name in ARCHITECTURES if name in CONFIG_MAPPING]
+    """Those of ARCHITECTURES that the installed transformers has, and dispatches (aria since 5.15 or later)."""
+    return [name for name in ARCHITECTURES if name in CONFIG_MAPPING and (name != "aria_text" or _aria_is_dispatched())]
+
+
+def _aria_is_dispatched() -> bool:
+    from transformers.models.aria import modeling_aria
+
+    return "@use_experts_implementation" in inspect.getsource(modeling_aria)
 
 
 def make_config(model_type: str, **overrides: Any) -> PreTrainedConfig:

@@ -1,0 +1,68 @@
+"""What every benchmark's result says beside its figures: the machine, the versions, and how it was run."""
+
+import json
+import os
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import psutil
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> dict[str, Any]:
+    """Facts that figures depend on; nothing that tells whose machine it is."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": psutil.cpu_count(logical=False),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "numba", "numpy")},
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        fields = dict(
+            (part.strip() for part in line.split(":", 1))
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if ":" in line
+        )
+    except OSError:
+        return platform.processor()
+    return f"{fields.get('model name', platform.processor())} (family {fields.get('cpu family')}, model {fields.get('model')})"
+
+
+def write_result(name: str, result: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """Write results/NAME.json beside its final place and rename it there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"{name}.json"
+    beside = target.with_suffix(f".{os.getpid()}.tmp")
+    beside.write_text(json.dumps({"machine": machine(), **result}, indent=1) + "\n")
+    beside.replace(target)
+    return target
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, least and greatest of a measured series."""
+    return {"median": median(values), "min": min(values), "max": max(values), "n": len(values)}
+
+
+def resident() -> dict[str, int]:
+    """Bytes of this process by kind: anonymous (its own), file-backed, and the most it ever had."""
+    fields = {}
+    for line in Path("/proc/self/status").read_text().splitlines():
+        name, _, rest = line.partition(":")
+        if name in ("RssAnon", "RssFile", "VmHWM"):
+            fields[name] = int(rest.split()[0]) * 1024
+    return fields
+
+
+def progress(text: str) -> None:
+    """A line of progress for whoever waits."""
+    sys.stderr.write(text + "\n")
