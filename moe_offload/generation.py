@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 
 import torch
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 from moe_offload.models.errors import CheckpointError
@@ -196,12 +196,12 @@ def _finish_reason(
 def _continuable(output: Any) -> DynamicCache | None:
     """The cache of a finished generation, if a later prompt can go on from it.
 
-    Only plain attention can: recurrent layers take a prompt of several tokens as a new beginning.
+    Only plain attention can. Recurrent layers take several tokens as a new beginning, and with the
+    sparse indexed attention of DeepSeek V3.2 and GLM 5 transformers 5.23 goes on to wrong logits.
     """
     cache = getattr(output, "past_key_values", None)
-    if type(cache) is DynamicCache and all(
-        isinstance(layer, DynamicLayer) for layer in cache.layers
-    ):
+    plain = (DynamicLayer, DynamicSlidingWindowLayer)
+    if type(cache) is DynamicCache and all(type(layer) in plain for layer in cache.layers):
         return cache
     return None
 
