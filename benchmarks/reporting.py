@@ -28,13 +28,10 @@ def machine() -> dict[str, Any]:
 
 def _cpu_name() -> str:
     try:
-        fields = dict(
-            (part.strip() for part in line.split(":", 1))
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if ":" in line
-        )
+        lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
     except OSError:
         return platform.processor()
+    fields = {name.strip(): value.strip() for name, _, value in lines}
     return f"{fields.get('model name', platform.processor())} (family {fields.get('cpu family')}, model {fields.get('model')})"
 
 

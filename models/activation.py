@@ -61,7 +61,7 @@ def probe_gate(module: nn.Module) -> GateProbe:
     """Find what `module` (a dispatched or adapted experts module, weights not needed) computes between its projections."""
     candidates = _candidates(module)
     if not getattr(module, "has_gate", True):
-        found = _call(partial(module.act_fn, _PROBE))  # type: ignore[arg-type]
+        found = _call(partial(module.act_fn, _PROBE))  # type: ignore[arg-type,operator,misc]
         return GateProbe(_first_match(candidates, _PROBE, None, found))
     gate, up = (grid.reshape(-1) for grid in torch.meshgrid(_PROBE, _PROBE, indexing="ij"))
     for interleaved in (False, True):

@@ -44,7 +44,8 @@ def _longcat_forward(
     """LongcatFlashExperts.forward: routed experts by the engine, identities here."""
     out = experts_forward(self, hidden_states, top_k_index, top_k_weights)
     identity = (top_k_weights * (top_k_index >= self.num_routed_experts)).sum(dim=1, keepdim=True)
-    return out + (hidden_states * identity).to(out.dtype)
+    result: torch.Tensor = out + (hidden_states * identity).to(out.dtype)
+    return result
 
 
 # Class name -> the forward that replaces its own. Names only select; what is read are the attributes.

@@ -47,7 +47,10 @@ def experts_forward(
             f"{type(module).__name__} has neither weights nor an engine: the model was copied or moved apart from the one "
             "that moe_offload loaded; load it again"
         )
-    return grouped_mm_experts_forward(module, hidden_states, top_k_index, top_k_weights, *args, **kwargs)
+    result: torch.Tensor = grouped_mm_experts_forward(
+        module, hidden_states, top_k_index, top_k_weights, *args, **kwargs
+    )
+    return result
 
 
 def attach_handle(module: nn.Module, handle: ExpertsHandle) -> None:

@@ -143,7 +143,7 @@ class SkeletonQuantizer(HfQuantizer):  # type: ignore[misc]
             for name in parameters[layer.path]:
                 module.register_parameter(name, None)
             # Nothing to initialise: the model's own _init_weights would touch the dropped parameters.
-            module._is_hf_initialized = True  # type: ignore[assignment]
+            module._is_hf_initialized = True
         undo.append(compat.ignore_unexpected_keys(model, list(parameters)))
         self.skeleton = Skeleton(spec, checkpoint, weights, parameters, tuple(undo))
         if self.inner is not None:
@@ -176,9 +176,9 @@ class SkeletonQuantizer(HfQuantizer):  # type: ignore[misc]
         return self.inner.update_device_map(device_map) if self.inner is not None else device_map
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        if self.inner is not None:
-            return self.inner.get_new_dtype(converter, param, dtype)
-        return super().get_new_dtype(converter, param, dtype)
+        get_new_dtype = super().get_new_dtype if self.inner is None else self.inner.get_new_dtype
+        chosen: torch.dtype | None = get_new_dtype(converter, param, dtype)
+        return chosen
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         return self.inner is not None and self.inner.param_needs_quantization(model, param_name, **kwargs)

@@ -139,7 +139,7 @@ def build_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """The model that `config` describes, on the meta device: modules and shapes, no memory."""
     try:
         with torch.device("meta"):
-            return model_class(config)._from_config(config)  # type: ignore[no-any-return]
+            return model_class(config)._from_config(config)
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise UnsupportedModelError(f"transformers cannot build {config.model_type!r}: {error}") from error
 
@@ -151,7 +151,8 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     mapping = AutoModelForCausalLM._model_mapping
     if type(config) in mapping:
         found = mapping[type(config)]
-        return found[0] if isinstance(found, tuple) else found  # type: ignore[no-any-return]
+        chosen: type[PreTrainedModel] = found[0] if isinstance(found, tuple) else found
+        return chosen
     for name in config.architectures or ():
         found = getattr(transformers, name, None)
         if isinstance(found, type) and issubclass(found, PreTrainedModel):

@@ -69,7 +69,7 @@ class CpuLayer:
         self, module: nn.Module, groups: Groups, hidden_states: torch.Tensor, out: torch.Tensor
     ) -> int:
         """Add the experts' rows to `out` [T, H] f32. hidden_states [T, H] on the CPU. Returns the experts torch ran."""
-        if self.kernel is None:
+        if self.kernel is None or self.table is None:
             self._run_torch(module, groups, hidden_states, out)
             return len(groups.experts)
         many = np.diff(groups.offsets) >= self.gemm_rows

@@ -78,7 +78,7 @@ def load(
     ) as error:  # fmt: skip
         raise CheckpointError(f"transformers could not load {folder}: {_first_line(error)}") from error
     _refuse_incomplete(folder, loaded, info)
-    return loaded  # type: ignore[no-any-return]
+    return loaded
 
 
 def find_model(
@@ -153,7 +153,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
     if not isinstance(content, dict) or "model_type" not in content:
         raise CheckpointError(f"{path} names no model_type: it is no Hugging Face model configuration")
     try:
-        return AutoConfig.from_pretrained(folder)  # type: ignore[no-any-return]
+        return AutoConfig.from_pretrained(folder)
     except Exception as error:  # a configuration's own checks raise whatever they like
         raise CheckpointError(f"{path} is not a configuration transformers accepts: {_first_line(error)}") from error
 

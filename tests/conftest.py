@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
     """checkpoint(model_type, dtype=..., **config) -> folder of a sharded random checkpoint; never write into it."""
     made: dict[object, Path] = {}
 
-    def make(model_type: str, dtype: torch.dtype = torch.float32, **overrides: object) -> Path:
+    def make(model_type: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> Path:
         key = (model_type, dtype, tuple(sorted(overrides.items())))
         if key not in made:
             folder = tmp_path_factory.mktemp(model_type)

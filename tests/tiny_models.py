@@ -153,7 +153,7 @@ def build(model_type: str, dtype: torch.dtype = torch.float32, seed: int = 0, **
             parameter.data.normal_(0, 0.2)
         if ("gate.weight" in name or "router.weight" in name) and not parameter.any():
             parameter.data.normal_(0, 0.5)
-    return model.eval()  # type: ignore[no-any-return]
+    return model.eval()
 
 
 def save(model: PreTrainedModel, folder: Path, max_shard_size: str = "60KB") -> Path:

@@ -31,7 +31,7 @@ LOW_PRECISION = ("qwen3_moe", "mixtral", "gpt_oss", "aria_text", "nemotron_h", "
 def load_reference(folder: Path, ours: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     reference = type(ours).from_pretrained(folder, dtype=dtype, experts_implementation="eager")
     assert reference.dtype == dtype
-    return reference  # type: ignore[no-any-return]
+    return reference
 
 
 def output(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:

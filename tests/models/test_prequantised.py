@@ -6,6 +6,7 @@ mean counts: 2 % of the mean logit.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from tests import tiny_models
 TOLERANCE = 0.02
 
 
-def _rewrite(folder: Path, quantization: dict[str, object], tensors: dict[str, torch.Tensor]) -> Path:
+def _rewrite(folder: Path, quantization: Mapping[str, object], tensors: dict[str, torch.Tensor]) -> Path:
     for file in folder.glob("model*"):
         file.unlink()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
