@@ -18,8 +18,13 @@ from moe_offload.cpu_kernels.emit import F32, I64, Emitter, Value, micro_kernel,
 from moe_offload.cpu_kernels.layout import ELEMENT_BYTES, WeightType
 from moe_offload.cpu_kernels.weights import load_weights
 
-PREFETCH_BYTES = 1024  # ahead of each stream
 LINE = 64
+
+
+def _bytes_ahead(tokens: int) -> int:
+    """How far to prefetch each stream, into L2: L1 is full of inputs (T = 4: 69 % of the read
+    limit with the L1 hint, 85 % with this; T = 1: 87 and 93 %; Zen 4)."""
+    return 1024 if tokens == 1 else 2048
 
 
 def make_dot(dtype: WeightType, rows: int, tokens: int, lanes: int) -> Any:
@@ -60,7 +65,7 @@ def make_dot(dtype: WeightType, rows: int, tokens: int, lanes: int) -> Any:
                     offset = v * width * size
                     if ahead and offset % LINE == 0:
                         for w in w_at:
-                            em.prefetch(w, offset + PREFETCH_BYTES)
+                            em.prefetch(w, offset + _bytes_ahead(tokens), locality=2)
                     ws = [load_weights(em, dtype, width, w, offset) for w in w_at]
                     for t in range(tokens):
                         x = em.load(vector(F32, width), x_at[t], v * width * 4)

@@ -29,7 +29,12 @@ POINTER = ir.PointerType()
 VOID = ir.VoidType()
 
 Value = Any  # an llvmlite value; llvmlite publishes no types
-_NUMBA_TYPES: dict[str, Any] = {"i": types.int64, "h": types.int32, "f": types.float32, "v": types.void}
+_NUMBA_TYPES: dict[str, Any] = {
+    "i": types.int64,
+    "h": types.int32,
+    "f": types.float32,
+    "v": types.void,
+}
 
 
 def vector(element: Any, count: int) -> Any:

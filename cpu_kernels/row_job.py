@@ -13,11 +13,15 @@ from moe_offload.cpu_kernels.memory import load_f32, load_i64
 from moe_offload.cpu_kernels.target import Target
 
 
+def _most_tokens(target: Target) -> int:
+    """4 rows x 4 tokens of sums, 4 weights and an input take 21 registers, x 2 tokens 13."""
+    return 4 if target.registers >= 32 else 2
+
+
 def _make_tiles(dtype: WeightType, target: Target) -> tuple[Any, Any]:
     """Dot products of four weight rows, or of one, with any number of tokens."""
     lanes = target.lanes
-    # 4 x 4 sums, 4 weights and an input fill 21 registers; of 16, 4 x 2 sums leave the rest free
-    most = 4 if target.registers >= 32 else 2
+    most = _most_tokens(target)
     dot_most, dot2, dot1 = (make_dot(dtype, 4, tokens, lanes) for tokens in (most, 2, 1))
     dot_single = make_dot(dtype, 1, 1, lanes)
 
