@@ -44,6 +44,7 @@ def make_folder(
     *,
     template: str | None = _TEMPLATE,
     dtype: torch.dtype = torch.float32,
+    max_shard_size: str = "60KB",
     **overrides: Any,
 ) -> Path:
     """A random model of `model_type` that speaks bytes, in several shards."""
@@ -51,7 +52,7 @@ def make_folder(
     model = tiny_models.build(model_type, dtype, **sizes)
     model.generation_config.eos_token_id = 2
     model.generation_config.pad_token_id = 0
-    tiny_models.save(model, folder)
+    tiny_models.save(model, folder, max_shard_size)
     make_tokenizer(template).save_pretrained(folder)
     return folder
 
