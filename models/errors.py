@@ -29,3 +29,12 @@ class OptionError(MoeOffloadError):
 
 class NotEnoughMemoryError(MoeOffloadError):
     """What must be in memory does not fit in what the machine has."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's exception says, in one line for a message of ours."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    # A heading says nothing without what stands below it.
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

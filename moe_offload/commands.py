@@ -12,7 +12,7 @@ import typer
 
 from moe_offload import __version__, cli_options, terminal
 from moe_offload.models.errors import OptionError
-from moe_offload.opening import ModelOptions, import_libraries, open_model
+from moe_offload.opening import ModelOptions, find_folder, import_libraries, open_model
 from moe_offload.sampling import Sampling
 
 app = typer.Typer(
@@ -34,9 +34,7 @@ def _version(wanted: bool) -> None:
 def _global(
     version: Annotated[
         bool,
-        typer.Option(
-            "--version", callback=_version, is_eager=True, help="Show the version and exit."
-        ),
+        typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit."),
     ] = False,
 ) -> None:
     pass
@@ -69,9 +67,7 @@ def generate(
     as_json: cli_options.Json = False,
     verbose: cli_options.Verbose = False,
 ) -> int:
-    sampling = Sampling(
-        temperature, top_k, top_p, min_p, repetition_penalty, greedy, seed, max_new_tokens
-    )
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, greedy, seed, max_new_tokens)
     options = ModelOptions(
         model, weights, dtype, threads, cli_options.parse_size(memory_limit), attn_implementation,
         revision, verbose, show_progress=not as_json,
@@ -108,9 +104,7 @@ def chat(
     as_json: cli_options.Json = False,
     verbose: cli_options.Verbose = False,
 ) -> int:
-    sampling = Sampling(
-        temperature, top_k, top_p, min_p, repetition_penalty, greedy, seed, max_new_tokens
-    )
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, greedy, seed, max_new_tokens)
     options = ModelOptions(
         model, weights, dtype, threads, cli_options.parse_size(memory_limit), attn_implementation,
         revision, verbose, show_progress=not as_json,
@@ -129,11 +123,13 @@ def info(
     as_json: cli_options.Json = False,
     verbose: cli_options.Verbose = False,
 ) -> None:
-    import_libraries(ModelOptions(model, verbose=verbose, show_progress=not as_json))
+    options = ModelOptions(model, revision=revision, verbose=verbose, show_progress=not as_json)
+    folder = find_folder(options, shards=False)
+    import_libraries(options)
     from moe_offload.report import make_report
     from moe_offload.report_table import print_report
 
-    report = make_report(model, revision)
+    report = make_report(model, folder)
     if as_json:
         terminal.write(json.dumps(report.to_dict(), ensure_ascii=False, indent=2) + "\n")
     else:
@@ -150,14 +146,10 @@ def _prompt(prompt: str | None, prompt_file: Path | None) -> str:
         text = cli_options.read_file(prompt_file)
     else:
         if sys.stdin.isatty():
-            terminal.note(
-                "type the prompt and end it with Ctrl-D on a line of its own (or give it with -p)"
-            )
+            terminal.note("type the prompt and end it with Ctrl-D on a line of its own (or give it with -p)")
         text = cli_options.read_utf8(sys.stdin.buffer.read(), "standard input")
     if not text:
-        raise OptionError(
-            "the prompt is empty: give -p TEXT, --prompt-file FILE or text on standard input"
-        )
+        raise OptionError("the prompt is empty: give -p TEXT, --prompt-file FILE or text on standard input")
     return text
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 from moe_offload import terminal
+from moe_offload.model_folder import find_model
 from moe_offload.models.errors import OptionError
 from moe_offload.options import Options, Weights
 from moe_offload.progress import Activity
@@ -36,9 +37,7 @@ class ModelOptions:
         if self.threads is not None and self.threads < 1:
             raise OptionError(f"--threads {self.threads} is out of bounds: it must be at least 1")
         if self.weights not in get_args(Weights):
-            raise OptionError(
-                f"--weights {self.weights} is not one of {', '.join(get_args(Weights))}"
-            )
+            raise OptionError(f"--weights {self.weights} is not one of {', '.join(get_args(Weights))}")
         Options(cast(Weights, self.weights), self.threads, self.memory_limit)
 
 
@@ -88,25 +87,31 @@ class OpenedModel:
 
 def open_model(options: ModelOptions) -> OpenedModel:
     """Find the model (downloading it if it is on the Hub), read its configuration and tokenizer."""
+    folder = find_folder(options)
     import_libraries(options)
-    from moe_offload.loading import find_model, read_config
+    from moe_offload.loading import read_config
     from moe_offload.prompts import read_tokenizer
 
-    folder = find_model(options.name, revision=options.revision)
     return OpenedModel(options, folder, read_config(folder), read_tokenizer(folder))
+
+
+def find_folder(options: ModelOptions, *, shards: bool = True) -> Path:
+    """The model's folder; a download shows the Hub's own progress bars, at a terminal."""
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    if not options.show_progress or not terminal.console().is_terminal:
+        disable_progress_bars()
+    return find_model(options.name, revision=options.revision, shards=shards)
 
 
 def import_libraries(options: ModelOptions) -> None:
     """Import torch and transformers, which takes seconds, and have them speak only when asked."""
     with Activity("starting", enabled=options.show_progress):
-        from huggingface_hub.utils.tqdm import disable_progress_bars
         from transformers.utils import logging
 
         import moe_offload.loading  # noqa: F401
     if not options.verbose:
         logging.set_verbosity(50)  # transformers logs as an error what it then raises
-    if not options.show_progress or not terminal.console().is_terminal:
-        disable_progress_bars()
 
 
 class _Counted:
@@ -124,9 +129,7 @@ class _Counted:
         self._items = items
         self._activity = activity
         self._what = (desc or "loading").lower()
-        self._total = (
-            total if total is not None else len(items) if hasattr(items, "__len__") else None
-        )
+        self._total = total if total is not None else len(items) if hasattr(items, "__len__") else None
         self._done = 0
 
     def __iter__(self) -> Any:

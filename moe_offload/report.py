@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from moe_offload.loading import find_model, read_config
+from moe_offload.loading import read_config
 from moe_offload.memory import Memory, detect_memory
 from moe_offload.models.checkpoint import Checkpoint
 from moe_offload.models.expert_weights import locate_experts
@@ -78,12 +78,11 @@ class Report:
         }
 
 
-def make_report(name: str, revision: str | None = None) -> Report:
-    """Read what is needed of the model called `name`.
+def make_report(name: str, folder: Path) -> Report:
+    """Read what is needed of the model `name`, which is in `folder`.
 
     Raises as `load` does for what is wrong with it.
     """
-    folder = find_model(name, revision=revision, shards=False)
     config = read_config(folder)
     skeleton = build_skeleton(config)
     spec = MoeSpec.from_hf(config, skeleton)

@@ -280,7 +280,7 @@ def test_name_that_the_hub_has_not(fails: Callable[..., str], monkeypatch: pytes
     def unreachable(*_: object, **__: object) -> None:
         raise ConnectionError("Name or service not known")
 
-    monkeypatch.setattr("moe_offload.loading.model_info", unreachable)
+    monkeypatch.setattr("huggingface_hub.model_info", unreachable)
     message = fails("generate", "someone/nothing-of-that-name", "-p", "hi")
     assert "someone/nothing-of-that-name" in message and "Name or service not known" in message
 
