@@ -21,9 +21,7 @@ class Leave(Exception):
     """The user wants to go."""
 
 
-def hold(
-    conversation: Conversation, *, on_answer: Callable[[Generation], None], echo: bool
-) -> None:
+def hold(conversation: Conversation, *, on_answer: Callable[[Generation], None], echo: bool) -> None:
     """Read lines and have them answered until the user leaves.
 
     on_answer: called after each answer. echo: write the answer's text to stdout as it comes.
@@ -46,9 +44,7 @@ def hold(
         pass
 
 
-def _take(
-    line: str, conversation: Conversation, on_answer: Callable[[Generation], None], echo: bool
-) -> None:
+def _take(line: str, conversation: Conversation, on_answer: Callable[[Generation], None], echo: bool) -> None:
     if line.startswith("/"):
         _command(line, conversation)
     elif line:
@@ -117,9 +113,7 @@ def _piped_lines() -> Iterator[str]:
         try:
             yield line.decode()
         except UnicodeDecodeError as error:
-            raise OptionError(
-                f"line {number} of standard input is not UTF-8 text ({error.reason})"
-            ) from error
+            raise OptionError(f"line {number} of standard input is not UTF-8 text ({error.reason})") from error
 
 
 def _silent(piece: str) -> None:

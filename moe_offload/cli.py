@@ -44,7 +44,5 @@ def _run(given: list[str]) -> int:
             return _INTERRUPTED
         if verbose:
             raise
-        terminal.error(
-            f"{type(error).__name__}: {error} (this should not happen; --verbose shows where)"
-        )
+        terminal.error(f"{type(error).__name__}: {error} (this should not happen; --verbose shows where)")
         return 1

@@ -22,9 +22,7 @@ Model = Annotated[
     ),
 ]
 Prompt = Annotated[str | None, typer.Option("--prompt", "-p", help="The text to continue.")]
-PromptFile = Annotated[
-    Path | None, typer.Option(help="Read the prompt from a file; without either, from stdin.")
-]
+PromptFile = Annotated[Path | None, typer.Option(help="Read the prompt from a file; without either, from stdin.")]
 Chat = Annotated[
     bool | None,
     typer.Option(
@@ -44,9 +42,7 @@ Temperature = Annotated[
 ]
 TopK = Annotated[
     int | None,
-    typer.Option(
-        help="Choose among the K most probable tokens; 0: among all.", rich_help_panel=_SAMPLING
-    ),
+    typer.Option(help="Choose among the K most probable tokens; 0: among all.", rich_help_panel=_SAMPLING),
 ]
 TopP = Annotated[
     float | None,
@@ -64,27 +60,17 @@ MinP = Annotated[
 ]
 RepetitionPenalty = Annotated[
     float | None,
-    typer.Option(
-        help="Above 1, tokens seen before become less probable.", rich_help_panel=_SAMPLING
-    ),
+    typer.Option(help="Above 1, tokens seen before become less probable.", rich_help_panel=_SAMPLING),
 ]
 Greedy = Annotated[
     bool,
-    typer.Option(
-        "--greedy", help="Always take the most probable token.", rich_help_panel=_SAMPLING
-    ),
+    typer.Option("--greedy", help="Always take the most probable token.", rich_help_panel=_SAMPLING),
 ]
-Seed = Annotated[
-    int | None, typer.Option(help="The same seed gives the same text.", rich_help_panel=_SAMPLING)
-]
-MaxNewTokens = Annotated[
-    int | None, typer.Option(help="Length of an answer at most.", rich_help_panel=_SAMPLING)
-]
+Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text.", rich_help_panel=_SAMPLING)]
+MaxNewTokens = Annotated[int | None, typer.Option(help="Length of an answer at most.", rich_help_panel=_SAMPLING)]
 Threads = Annotated[
     int | None,
-    typer.Option(
-        help="CPU threads; by default one for each physical core.", rich_help_panel=_RUNNING
-    ),
+    typer.Option(help="CPU threads; by default one for each physical core.", rich_help_panel=_RUNNING),
 ]
 Weights = Annotated[
     str,
@@ -112,20 +98,14 @@ MemoryLimit = Annotated[
 ]
 AttnImplementation = Annotated[
     str | None,
-    typer.Option(
-        metavar="NAME", help="As in transformers: sdpa, eager, ...", rich_help_panel=_RUNNING
-    ),
+    typer.Option(metavar="NAME", help="As in transformers: sdpa, eager, ...", rich_help_panel=_RUNNING),
 ]
 Revision = Annotated[
     str | None,
     typer.Option(help="Branch, tag or commit of a model on the Hub.", rich_help_panel=_RUNNING),
 ]
-Json = Annotated[
-    bool, typer.Option("--json", help="Machine-readable results on stdout, no progress.")
-]
-Verbose = Annotated[
-    bool, typer.Option("--verbose", help="Show what transformers and this program log.")
-]
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable results on stdout, no progress.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show what transformers and this program log.")]
 
 _UNITS = {
     "": 1,
@@ -150,9 +130,7 @@ def parse_size(text: str | None) -> int | None:
     number, unit = match.groups()
     size = int(Fraction(number) * _UNITS[(unit or "").upper()])
     if not 1 <= size < 2**63:
-        raise OptionError(
-            f"--memory-limit {text} is out of bounds: 1 byte is the least, 8 EiB too much"
-        )
+        raise OptionError(f"--memory-limit {text} is out of bounds: 1 byte is the least, 8 EiB too much")
     return size
 
 
@@ -165,8 +143,7 @@ def read_utf8(data: bytes, where: str) -> str:
         text = data.decode()
     except UnicodeDecodeError as error:
         raise OptionError(
-            f"{where} is not UTF-8 text: byte 0x{data[error.start]:02x} at position {error.start} "
-            f"({error.reason})"
+            f"{where} is not UTF-8 text: byte 0x{data[error.start]:02x} at position {error.start} ({error.reason})"
         ) from error
     return text.removesuffix("\n").removesuffix("\r")
 
@@ -176,6 +153,4 @@ def read_file(path: Path) -> str:
     try:
         return read_utf8(path.read_bytes(), str(path))
     except OSError as error:
-        raise OptionError(
-            f"cannot read the prompt file {path}: {error.strerror or error}"
-        ) from error
+        raise OptionError(f"cannot read the prompt file {path}: {error.strerror or error}") from error

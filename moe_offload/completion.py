@@ -28,9 +28,7 @@ _BEFORE = 6
 _INTERRUPTED = 130
 
 
-def complete(
-    opened: OpenedModel, prompt: str, sampling: Sampling, *, chat: bool | None, as_json: bool
-) -> int:
+def complete(opened: OpenedModel, prompt: str, sampling: Sampling, *, chat: bool | None, as_json: bool) -> int:
     """`moe-offload generate`: one continuation. Returns the exit code."""
     tokenizer = opened.tokenizer
     if chat:
@@ -41,10 +39,7 @@ def complete(
     context = max_context(opened.config)
     room_for_answer(len(ids), context, 1)  # before the weights are loaded
     if chat is None and tokenizer.chat_template and terminal.console().is_terminal and not as_json:
-        terminal.note(
-            "the model continues this text as it is; for a question add --chat (--raw leaves out "
-            "this note)"
-        )
+        terminal.note("the model continues this text as it is; for a question add --chat (--raw leaves out this note)")
     model, load_seconds = opened.load()
     engine: Any = model.offload
     with engine:

@@ -98,9 +98,7 @@ class Conversation:
         if not self._reuse_cache or self._cache is None:
             return None
         same = 0
-        for ours, theirs in zip(
-            self._cached_ids, ids[:-1], strict=False
-        ):  # one token must be left to read
+        for ours, theirs in zip(self._cached_ids, ids[:-1], strict=False):  # one token must be left to read
             if ours != theirs:
                 break
             same += 1

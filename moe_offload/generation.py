@@ -173,9 +173,7 @@ class _Interrupts(StoppingCriteria):
             signal.signal(signal.SIGINT, self._previous)
 
     def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
-        return torch.full(
-            (input_ids.shape[0],), self.requested, dtype=torch.bool, device=input_ids.device
-        )  # type: ignore[return-value]
+        return torch.full((input_ids.shape[0],), self.requested, dtype=torch.bool, device=input_ids.device)  # type: ignore[return-value]
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         at_once = self.requested or not self._stream.ids
@@ -184,9 +182,7 @@ class _Interrupts(StoppingCriteria):
             raise KeyboardInterrupt
 
 
-def _finish_reason(
-    new_ids: Sequence[int], config: GenerationConfig, interrupted: bool
-) -> FinishReason:
+def _finish_reason(new_ids: Sequence[int], config: GenerationConfig, interrupted: bool) -> FinishReason:
     ends = config.eos_token_id
     if new_ids and new_ids[-1] in (ends if isinstance(ends, list) else [ends]):
         return "stop"

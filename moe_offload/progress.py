@@ -40,9 +40,7 @@ class Activity:
     class.
     """
 
-    def __init__(
-        self, what: str, *, enabled: bool = True, measure: Callable[[], Amount] | None = None
-    ) -> None:
+    def __init__(self, what: str, *, enabled: bool = True, measure: Callable[[], Amount] | None = None) -> None:
         self._what = what
         self._measure = measure
         self._amount: Amount = (0, None, "")
@@ -115,9 +113,7 @@ class _Rate(ProgressColumn):
             return Text()
         speed = task.speed or 0
         digits = 0 if speed >= 100 else 1
-        return Text(
-            f"{task.completed:.0f}/{task.total:.0f} {unit}, {speed:.{digits}f}/s", style="cyan"
-        )
+        return Text(f"{task.completed:.0f}/{task.total:.0f} {unit}, {speed:.{digits}f}/s", style="cyan")
 
 
 class _TimeLeft(TimeRemainingColumn):

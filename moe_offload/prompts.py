@@ -23,8 +23,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in `folder`. Raises CheckpointError when there is none, or a damaged one."""
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise CheckpointError(
-            f"{folder} has no tokenizer (tokenizer.json or tokenizer.model): copy the one of the "
-            "original model there"
+            f"{folder} has no tokenizer (tokenizer.json or tokenizer.model): copy the one of the original model there"
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -60,9 +59,7 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message])
             list(messages), add_generation_prompt=True, tokenize=True, return_dict=True
         )
     except Exception as error:  # templates are programs: they refuse roles, or fail
-        raise OptionError(
-            f"the model's chat template does not take this conversation: {error}"
-        ) from error
+        raise OptionError(f"the model's chat template does not take this conversation: {error}") from error
     return list(encoded["input_ids"])
 
 
@@ -70,8 +67,7 @@ def require_template(tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise unless the model can hold a conversation."""
     if not tokenizer.chat_template:
         raise OptionError(
-            "this model has no chat template, it only continues text: use `moe-offload generate` "
-            "without --chat"
+            "this model has no chat template, it only continues text: use `moe-offload generate` without --chat"
         )
 
 
@@ -95,6 +91,5 @@ def require_known_ids(ids: Sequence[int], config: PreTrainedConfig) -> None:
     size = int(config.get_text_config(decoder=True).vocab_size)
     if max(ids) >= size:
         raise CheckpointError(
-            f"the tokenizer makes token {max(ids)}, but the model's vocabulary has {size}: it "
-            "belongs to another model"
+            f"the tokenizer makes token {max(ids)}, but the model's vocabulary has {size}: it belongs to another model"
         )

@@ -27,8 +27,7 @@ def print_report(report: Report) -> None:
         console = Console(highlight=False, width=_WIDTH)
     free, total = format_bytes(report.memory.available), format_bytes(report.memory.total)
     memory = Text(
-        f"This machine has {total} of memory, {free} free. Sizes are weights alone, what is not an"
-        " expert in 16 bits."
+        f"This machine has {total} of memory, {free} free. Sizes are weights alone, what is not an expert in 16 bits."
     )
     console.print(Group(_facts(report), Text(), _formats(report), memory))
 
@@ -78,8 +77,7 @@ def _experts(layers: Sequence[MoeLayerSpec]) -> str:
         for layer in layers
     )
     return "; ".join(
-        f"{experts} per layer, {top_k} per token, {hidden} x {inner} ({count(params)} parameters "
-        "each)"
+        f"{experts} per layer, {top_k} per token, {hidden} x {inner} ({count(params)} parameters each)"
         for experts, top_k, hidden, inner, params in kinds
     )
 

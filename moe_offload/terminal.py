@@ -14,9 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 # Control characters that a model may write but a terminal should not obey.
-_HARMLESS = {
-    code: "\ufffd" for code in (*range(32), 127, *range(128, 160)) if chr(code) not in "\t\n"
-}
+_HARMLESS = {code: "\ufffd" for code in (*range(32), 127, *range(128, 160)) if chr(code) not in "\t\n"}
 
 
 class OutputClosedError(Exception):
