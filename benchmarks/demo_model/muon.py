@@ -1,4 +1,4 @@
-"""Muon for the matrices, AdamW for the rest: half again as much learning per token at this size.
+"""Muon for the matrices, AdamW for the rest (not compared with AdamW alone on this model).
 
 A matrix's step is the orthogonal factor of its momentum, found by five Newton-Schulz rounds, so
 that every direction of the matrix learns at the same pace. Experts are stacks of matrices and are
