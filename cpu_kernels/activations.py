@@ -141,9 +141,7 @@ def make_activate(kind: ActivationKind, gated: bool, step: int, lanes: int) -> A
     Gates and ups that lie interleaved (step 2) are taken apart in registers.
     """
 
-    def emit(
-        em: Emitter, g: Value, u: Value, h: Value, n: Value, alpha: Value, limit: Value
-    ) -> None:
+    def emit(em: Emitter, g: Value, u: Value, h: Value, n: Value, alpha: Value, limit: Value) -> None:
         def run(count: int, start: Value, stop: Value) -> None:
             m = _Math(em, count)
             splat_alpha, splat_limit = em.splat(alpha, m.kind), em.splat(limit, m.kind)

@@ -34,10 +34,7 @@ def _readers() -> list[_Reader]:
     widest = current_target().lanes * 4
     widths = sorted({widest, min(widest, 32)})
     return [
-        _Reader(streams, width, prefetch)
-        for streams in (1, 2, 4)
-        for width in widths
-        for prefetch in (0, 1024, 2048)
+        _Reader(streams, width, prefetch) for streams in (1, 2, 4) for width in widths for prefetch in (0, 1024, 2048)
     ]
 
 

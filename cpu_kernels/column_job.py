@@ -5,7 +5,7 @@ from collections.abc import Callable
 from moe_offload.cpu_kernels import block as word
 from moe_offload.cpu_kernels.activations import make_activate
 from moe_offload.cpu_kernels.columns import make_columns
-from moe_offload.cpu_kernels.jit import native
+from moe_offload.cpu_kernels.jit import specialised
 from moe_offload.cpu_kernels.layer_job import add_gate_up_bias, make_layer_job
 from moe_offload.cpu_kernels.layout import ELEMENT_BYTES, ActivationKind, WeightType
 from moe_offload.cpu_kernels.memory import clear, load_f32, load_i64
@@ -17,20 +17,19 @@ AHEAD = 2048  # bytes prefetched ahead of each stream
 
 
 def make_column_job(
-    dtype: WeightType, gated: bool, kind: ActivationKind, step: int, target: Target
+    key: str, dtype: WeightType, gated: bool, kind: ActivationKind, step: int, target: Target
 ) -> Callable[[int, int], None]:
-    """The job function `(thread, args)`; `step` 2 means gate and up columns interleaved."""
+    """The job function `(thread, args)`; `key` names this specialisation.
+
+    `step` 2 means gate and up columns interleaved.
+    """
     size, lanes = ELEMENT_BYTES[dtype], target.lanes
-    columns4, columns2, columns1 = (
-        make_columns(dtype, STREAMS, tokens, lanes) for tokens in (4, 2, 1)
-    )
+    columns4, columns2, columns1 = (make_columns(dtype, STREAMS, tokens, lanes) for tokens in (4, 2, 1))
     single_row = make_columns(dtype, 1, 1, lanes)
     activate = make_activate(kind, gated, step, lanes)
 
-    @native
-    def matrix(
-        weights: int, stride: int, width: int, xs: int, tokens: int, depth: int, to: int, step: int
-    ) -> None:
+    @specialised(key)
+    def matrix(weights: int, stride: int, width: int, xs: int, tokens: int, depth: int, to: int, step: int) -> None:
         """to[t][c] = sum over k of x[t][k] * weights[k][c]."""
         for t in range(tokens):
             clear(to + t * step, width)
@@ -57,10 +56,8 @@ def make_column_job(
             at, y = xs + 8 * t, to + t * step
             single_row(weights, stride, width, at, STREAMS * gap, depth, 0, 0, y, step)
 
-    @native
-    def middle(
-        args: int, record: int, start: int, count: int, begin: int, tokens: int, local: int
-    ) -> None:
+    @specialised(key)
+    def middle(args: int, record: int, start: int, count: int, begin: int, tokens: int, local: int) -> None:
         hidden, stride = load_i64(args + word.HIDDEN), load_i64(args + word.ROW_STRIDE)
         alpha, limit = load_f32(args + word.ALPHA), load_f32(args + word.LIMIT)
         xs = load_i64(args + word.INPUTS) + 8 * begin
@@ -83,4 +80,4 @@ def make_column_job(
             add_gate_up_bias(args, record, start, count, g if gated else 0, u, step)
             activate(g, u, load_i64(middles + 8 * t) + 4 * start, count, alpha, limit)
 
-    return make_layer_job(middle, matrix, size, transposed=True)
+    return make_layer_job(key, middle, matrix, size, transposed=True)

@@ -183,8 +183,6 @@ def micro_kernel(name: str, signature: str, emit: Callable[..., Value | None]) -
     names = ["typing_context", *(f"a{i}" for i in range(len(arguments)))]
     typer.__name__ = typer.__qualname__ = name
     signature_of: Any = typer
-    signature_of.__signature__ = inspect.Signature(
-        [inspect.Parameter(n, positional) for n in names]
-    )
+    signature_of.__signature__ = inspect.Signature([inspect.Parameter(n, positional) for n in names])
     as_intrinsic: Any = intrinsic  # typed for functions whose arity is known
     return as_intrinsic(typer)

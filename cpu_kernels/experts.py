@@ -110,12 +110,12 @@ _MISTAKES = {
 @cache
 def _job(dtype: WeightType, gated: bool, transposed: bool, step: int, kind: ActivationKind) -> Any:
     target = current_target()
-    if transposed:
-        function = make_column_job(dtype, gated, kind, step, target)
-    else:
-        function = make_row_job(dtype, gated, kind, target)
     shape = f"columns{step}" if transposed else "rows"
     key = f"{shape}-{dtype}-{'gated' if gated else 'plain'}-{kind}"
+    if transposed:
+        function = make_column_job(key, dtype, gated, kind, step, target)
+    else:
+        function = make_row_job(key, dtype, gated, kind, target)
     return compile_job(function, "void(int64,int64)", key)
 
 
@@ -220,9 +220,7 @@ def _float_bits(value: float) -> int:
     return int.from_bytes(struct.pack("<f", value), "little")
 
 
-def warm_up(
-    kernels: Iterable[ExpertKernel], progress: Callable[[str, int, int], None] | None = None
-) -> None:
+def warm_up(kernels: Iterable[ExpertKernel], progress: Callable[[str, int, int], None] | None = None) -> None:
     """Compile, or load from the cache, all that these kernels need: progress(name, done, total).
 
     After this no call compiles. From the cache a kernel takes some 20 ms, else 2 to 4 s.

@@ -72,9 +72,7 @@ def _count_and_place(
 COMPILED = (_count_and_place,)
 
 
-def group_tokens(
-    top_k_index: NDArray[np.int64], top_k_weights: NDArray[np.float32], num_experts: int
-) -> Groups:
+def group_tokens(top_k_index: NDArray[np.int64], top_k_weights: NDArray[np.float32], num_experts: int) -> Groups:
     """Group (token, expert) pairs by expert, rows within one in top-k-major order.
 
     That is the order of transformers' eager loop: first choice of every token, then the second.

@@ -27,7 +27,7 @@ from numba.core.caching import CompileResultCacheImpl, FunctionCache, _CacheLoca
 from numba.core.ccallback import CFunc
 from numba.core.sigutils import normalize_signature
 
-from moe_offload.cpu_kernels.jit import OPTIONS
+from moe_offload.cpu_kernels.jit import OPTIONS, rename
 from moe_offload.cpu_kernels.target import current_target
 
 logger = logging.getLogger(__name__)
@@ -149,8 +149,10 @@ class _KernelCache(FunctionCache):
 def compile_job(function: Callable[..., Any], signature: str, key: str) -> Any:
     """A C function (`.address`, `.cache_hits`) from a factory's function, through the cache.
 
-    `key` has to name everything the factory specialised the function by.
+    `key` has to name everything the factory specialised the function by, as `specialised` does
+    for the functions it calls.
     """
+    rename(function, key)
     parse: Any = normalize_signature
     compiled: Any = CFunc(function, parse(signature), {}, dict(OPTIONS))
     folder = cache_folder()

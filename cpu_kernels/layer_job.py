@@ -15,7 +15,7 @@ from typing import Any
 
 from moe_offload.cpu_kernels import block as word
 from moe_offload.cpu_kernels.atomics import fetch_add, wait_for_count
-from moe_offload.cpu_kernels.jit import native
+from moe_offload.cpu_kernels.jit import native, specialised
 from moe_offload.cpu_kernels.memory import (
     add_elements,
     add_scaled,
@@ -33,17 +33,15 @@ def expert_record(args: int, entry: int) -> int:
     return load_i64(args + word.TABLE) + 48 * expert  # type: ignore[no-any-return]
 
 
-def make_layer_job(
-    middle: Any, matrix: Any, size: int, transposed: bool
-) -> Callable[[int, int], None]:
-    """The job `(thread, args)`, to be compiled as "void(int64,int64)".
+def make_layer_job(key: str, middle: Any, matrix: Any, size: int, transposed: bool) -> Callable[[int, int], None]:
+    """The job `(thread, args)`, to be compiled as "void(int64,int64)" under the name `key`.
 
     middle(args, record, start, count, begin, tokens, local): intermediate outputs start to
         start + count of `tokens` rows from `begin` on, stored where MIDDLES says.
     matrix(weights, stride, width, xs, tokens, depth, to, step): the layout's product, dense.
     """
 
-    @native
+    @specialised(key)
     def first(args: int, local: int, entry: int, start: int, count: int) -> None:
         record = expert_record(args, entry)
         chunk = load_i64(args + word.CHUNK)
@@ -54,7 +52,7 @@ def make_layer_job(
             middle(args, record, start, count, begin, tokens, local)
             begin += tokens
 
-    @native
+    @specialised(key)
     def second(args: int, local: int, start: int, count: int) -> None:
         """Output columns start to start + count of every token: all experts, ascending."""
         intermediate, hidden = load_i64(args + word.INTERMEDIATE), load_i64(args + word.HIDDEN)
@@ -107,9 +105,7 @@ def make_layer_job(
 
 
 @native
-def add_gate_up_bias(
-    args: int, record: int, start: int, count: int, gate: int, up: int, step: int
-) -> None:
+def add_gate_up_bias(args: int, record: int, start: int, count: int, gate: int, up: int, step: int) -> None:
     """Add the biases (if any) of outputs start to start + count to one token's gates and ups.
 
     gate may be 0: the expert has none. `step` counts f32 between neighbouring gates (ups).

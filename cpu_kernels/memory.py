@@ -39,9 +39,7 @@ def element_bytes(code: int) -> int:
 
 
 @native
-def add_elements(
-    target: int, target_step: int, count: int, source: int, step: int, code: int
-) -> None:
+def add_elements(target: int, target_step: int, count: int, source: int, step: int, code: int) -> None:
     """target[i * target_step] += source[i * step]; source is of the stored type with this code."""
     size = _BYTES[code] * step
     for i in range(count):

@@ -6,7 +6,7 @@ from typing import Any
 from moe_offload.cpu_kernels import block as word
 from moe_offload.cpu_kernels.activations import make_activate
 from moe_offload.cpu_kernels.dot import make_dot
-from moe_offload.cpu_kernels.jit import native
+from moe_offload.cpu_kernels.jit import specialised
 from moe_offload.cpu_kernels.layer_job import add_gate_up_bias, make_layer_job
 from moe_offload.cpu_kernels.layout import ELEMENT_BYTES, ActivationKind, WeightType
 from moe_offload.cpu_kernels.memory import load_f32, load_i64
@@ -18,14 +18,14 @@ def _most_tokens(target: Target) -> int:
     return 4 if target.registers >= 32 else 2
 
 
-def _make_tiles(dtype: WeightType, target: Target) -> tuple[Any, Any]:
+def _make_tiles(key: str, dtype: WeightType, target: Target) -> tuple[Any, Any]:
     """Dot products of four weight rows, or of one, with any number of tokens."""
     lanes = target.lanes
     most = _most_tokens(target)
     dot_most, dot2, dot1 = (make_dot(dtype, 4, tokens, lanes) for tokens in (most, 2, 1))
     dot_single = make_dot(dtype, 1, 1, lanes)
 
-    @native
+    @specialised(key)
     def four(
         a: int,
         b: int,
@@ -52,7 +52,7 @@ def _make_tiles(dtype: WeightType, target: Target) -> tuple[Any, Any]:
             at_a, at_b = to_a + t * step_a, to_b + t * step_b
             dot1(a, b, gap, xs + 8 * t, depth, at_a, at_b, to_gap, step_a, step_b)
 
-    @native
+    @specialised(key)
     def one(row: int, xs: int, tokens: int, depth: int, to: int, step: int) -> None:
         """Only for what is left of an odd number of rows: not worth tiles of its own."""
         for t in range(tokens):
@@ -62,17 +62,15 @@ def _make_tiles(dtype: WeightType, target: Target) -> tuple[Any, Any]:
 
 
 def make_row_job(
-    dtype: WeightType, gated: bool, kind: ActivationKind, target: Target
+    key: str, dtype: WeightType, gated: bool, kind: ActivationKind, target: Target
 ) -> Callable[[int, int], None]:
-    """The job function `(thread, args)`."""
+    """The job function `(thread, args)`; `key` names this specialisation."""
     size = ELEMENT_BYTES[dtype]
-    four, one = _make_tiles(dtype, target)
+    four, one = _make_tiles(key, dtype, target)
     activate = make_activate(kind, gated, 1, target.lanes)
 
-    @native
-    def matrix(
-        weights: int, stride: int, rows: int, xs: int, tokens: int, depth: int, to: int, step: int
-    ) -> None:
+    @specialised(key)
+    def matrix(weights: int, stride: int, rows: int, xs: int, tokens: int, depth: int, to: int, step: int) -> None:
         """to[t][r] = weights[r] . x[t]: four streams."""
         quarter = rows // 4
         gap = quarter * stride
@@ -85,7 +83,7 @@ def make_row_job(
         for r in range(4 * quarter, rows):
             one(weights + r * stride, xs, tokens, depth, to + 4 * r, step)
 
-    @native
+    @specialised(key)
     def two_matrices(
         gate: int,
         up: int,
@@ -110,10 +108,8 @@ def make_row_job(
             one(gate + r * stride, xs, tokens, depth, to_gate + 4 * r, step_gate)
             one(up + r * stride, xs, tokens, depth, to_up + 4 * r, step_up)
 
-    @native
-    def middle(
-        args: int, record: int, start: int, count: int, begin: int, tokens: int, local: int
-    ) -> None:
+    @specialised(key)
+    def middle(args: int, record: int, start: int, count: int, begin: int, tokens: int, local: int) -> None:
         hidden, stride = load_i64(args + word.HIDDEN), load_i64(args + word.ROW_STRIDE)
         alpha, limit = load_f32(args + word.ALPHA), load_f32(args + word.LIMIT)
         step = load_i64(args + word.MIDDLE_BYTES)
@@ -133,4 +129,4 @@ def make_row_job(
             add_gate_up_bias(args, record, start, count, g if gated else 0, u, 1)
             activate(g, u, g, count, alpha, limit)
 
-    return make_layer_job(middle, matrix, size, transposed=False)
+    return make_layer_job(key, middle, matrix, size, transposed=False)

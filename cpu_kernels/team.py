@@ -167,9 +167,7 @@ class ThreadTeam:
 
         for thread in range(1, self.threads):
             # daemon: the interpreter joins other threads before atexit could stop them
-            worker = threading.Thread(
-                target=enter, args=(thread,), name=f"moe-offload-{thread}", daemon=True
-            )
+            worker = threading.Thread(target=enter, args=(thread,), name=f"moe-offload-{thread}", daemon=True)
             worker.start()
             self._workers.append(worker)
         self._stopper = weakref.finalize(self, _stop.load(), self._box)

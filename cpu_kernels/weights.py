@@ -4,9 +4,7 @@ from moe_offload.cpu_kernels.emit import F16, F32, I16, I32, Emitter, Value, vec
 from moe_offload.cpu_kernels.layout import WeightType
 
 
-def load_weights(
-    em: Emitter, dtype: WeightType, count: int, address: Value, offset: Value = 0
-) -> Value:
+def load_weights(em: Emitter, dtype: WeightType, count: int, address: Value, offset: Value = 0) -> Value:
     """`count` consecutive elements at address + offset (bytes) as <count x float>."""
     floats = vector(F32, count)
     if dtype == "f32":

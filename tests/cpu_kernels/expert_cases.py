@@ -48,9 +48,7 @@ def activate(activation: Activation, gate: Floats | None, up: Floats) -> Floats:
         single = {
             "silu": lambda x: x * _sigmoid(x),
             "gelu": lambda x: 0.5 * x * (1 + np.vectorize(erf)(x / np.sqrt(2))),
-            "gelu_tanh": lambda x: (
-                0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
-            ),
+            "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
             "gelu_quick": lambda x: x * _sigmoid(alpha * x),
             "relu": lambda x: np.maximum(x, 0),
             "relu2": lambda x: np.maximum(x, 0) ** 2,
@@ -76,9 +74,7 @@ class Experts:
     biases: tuple[Floats, Floats, Floats]  # [E, I], [E, I], [E, H]
     memory: list[NDArray[np.uint8]]
 
-    def reference(
-        self, index: NDArray[np.int64], weight: NDArray[np.float32], hidden: NDArray[np.float32]
-    ) -> Floats:
+    def reference(self, index: NDArray[np.int64], weight: NDArray[np.float32], hidden: NDArray[np.float32]) -> Floats:
         out = np.zeros(hidden.shape, np.float64)
         for t, k in np.ndindex(index.shape):
             e = index[t, k]
@@ -177,9 +173,7 @@ def _with_stride(rows: NDArray[Any], layout: ExpertLayout) -> NDArray[Any]:
     return wide
 
 
-def route(
-    tokens: int, choices: int, experts: int, seed: int = 1
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+def route(tokens: int, choices: int, experts: int, seed: int = 1) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     rng = np.random.default_rng(seed)
     index = np.array([rng.permutation(experts)[:choices] for _ in range(tokens)], np.int64)
     weight = rng.random((tokens, choices), np.float32) + np.float32(0.1)

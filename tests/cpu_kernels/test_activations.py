@@ -10,9 +10,7 @@ from moe_offload.cpu_kernels.target import current_target
 from tests.cpu_kernels.expert_cases import activate as reference
 
 LIMITS = {"swiglu_oai": 7.0, "silu_clamp": 2.0, "silu_cap": 1.5, "silu_softcap": 3.0}
-CASES = [(kind, True) for kind in get_args(ActivationKind)] + [
-    (kind, False) for kind in ("silu", "gelu", "relu2")
-]
+CASES = [(kind, True) for kind in get_args(ActivationKind)] + [(kind, False) for kind in ("silu", "gelu", "relu2")]
 
 
 @pytest.mark.parametrize(("kind", "gated"), CASES)
@@ -38,11 +36,7 @@ def test_activation(kind: ActivationKind, gated: bool) -> None:
         )  # fmt: skip
         assert (out[n:] == -7).all()
     wide_gate, wide_up = gate.astype(np.float64), up.astype(np.float64)
-    wanted = (
-        reference(activation, wide_gate, wide_up)
-        if gated
-        else reference(activation, None, wide_gate)
-    )
+    wanted = reference(activation, wide_gate, wide_up) if gated else reference(activation, None, wide_gate)
     finite = np.isfinite(wanted)
     # f32 throughout: relative 1e-6; erf and tanh err absolutely by 2e-7 of their factor
     bound = 1e-6 * np.abs(wanted) + 4e-7 * np.abs(gate) * np.maximum(1, np.abs(up)) + 1e-7

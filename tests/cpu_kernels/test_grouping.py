@@ -67,9 +67,7 @@ def test_select_keeps_the_chosen_groups(
     groups = group_tokens(*routing)
     active = len(groups.experts)
     mask = np.array(data.draw(st.lists(st.booleans(), min_size=active, max_size=active)), bool)
-    assert listed(groups.select(mask)) == [
-        group for group, chosen in zip(listed(groups), mask, strict=True) if chosen
-    ]
+    assert listed(groups.select(mask)) == [group for group, chosen in zip(listed(groups), mask, strict=True) if chosen]
 
 
 def test_no_tokens_no_groups() -> None:

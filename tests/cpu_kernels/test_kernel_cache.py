@@ -28,6 +28,51 @@ print("hit" if kernel.cache_hits else "miss")
 """
 
 
+FACTORY = """
+import sys
+import numpy as np
+from moe_offload.cpu_kernels import kernel_cache
+from moe_offload.cpu_kernels.emit import micro_kernel
+from moe_offload.cpu_kernels.jit import specialised
+from moe_offload.cpu_kernels.memory import load_i64, store_i64
+
+# as a large function would be: kept as a symbol of its own
+stay_out = micro_kernel("stay_out", ":v", lambda em: em.b.function.attributes.add("noinline"))
+
+def make(amount):
+    @specialised(f"add-{amount}")
+    def inner(args):
+        stay_out()
+        for _ in range(load_i64(args + 8)):
+            store_i64(load_i64(args) + amount, args)
+
+    def run(thread, args):
+        inner(args)
+        inner(args)
+
+    return run
+
+for amount in map(int, sys.argv[1:]):
+    kernel = kernel_cache.compile_job(make(amount), "void(int64,int64)", f"add-{amount}")
+    word = np.array([0, 3])
+    kernel.ctypes(0, word.ctypes.data)
+    assert word[0] == 6 * amount, (amount, word)
+    print("hit" if kernel.cache_hits else "miss")
+"""
+
+
+def test_kernels_of_one_factory_from_several_processes(tmp_path: Path) -> None:
+    """Numba counts functions within a process, so equal names would meet in a third one."""
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    for amounts in (["1"], ["2"], ["1", "2"], ["2", "1"]):
+        done = subprocess.run(
+            [sys.executable, "-c", FACTORY, *amounts],
+            cwd=ROOT, env=environment, timeout=60, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    assert done.stdout == "hit\nhit\n"
+
+
 def _run(folder: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(folder), **more}
     return subprocess.run(

@@ -115,9 +115,7 @@ team.launch(kept.address, words.ctypes.data)
 
 def _python(rest: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
     script = SCRIPT + textwrap.dedent(rest)
-    return subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, timeout=timeout, capture_output=True, text=True
-    )
+    return subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=timeout, capture_output=True, text=True)
 
 
 def test_forked_child_starts_workers_anew() -> None:
