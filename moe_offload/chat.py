@@ -29,19 +29,41 @@ def hold(conversation: Conversation, *, on_answer: Callable[[Generation], None],
     At a terminal a mistake is reported and the conversation goes on; from a pipe it ends it
     (MoeOffloadError).
     """
-    interactive = sys.stdin.isatty()
-    if interactive:
-        terminal.console().print("[dim]/help for commands, Ctrl-D to leave[/dim]")
+    if sys.stdin.isatty():
+        _at_terminal(conversation, on_answer, echo)
+        return
     try:
-        for line in _typed_lines() if interactive else _piped_lines():
-            try:
-                _take(line.strip(), conversation, on_answer, echo)
-            except MoeOffloadError as error:
-                if not interactive:
-                    raise
-                terminal.error(str(error))
+        for line in _piped_lines():
+            _take(line.strip(), conversation, on_answer, echo)
     except Leave:
         pass
+
+
+def _at_terminal(conversation: Conversation, on_answer: Callable[[Generation], None], echo: bool) -> None:
+    terminal.figures("/help for commands, Ctrl-D to leave")
+    try:
+        import readline  # noqa: F401  input() has history and editing once it is imported
+    except ImportError:
+        pass
+    warned = False
+    while True:
+        try:
+            line = _ask_line()
+            warned = False
+            _take(line.strip(), conversation, on_answer, echo)
+        except MoeOffloadError as error:
+            terminal.error(str(error))
+        except Leave:
+            return
+        except EOFError:
+            terminal.console().print()
+            return
+        except KeyboardInterrupt:
+            terminal.console().print()
+            if warned:
+                return
+            warned = True
+            terminal.figures("press Ctrl-C again to leave, or type /exit")
 
 
 def _take(line: str, conversation: Conversation, on_answer: Callable[[Generation], None], echo: bool) -> None:
@@ -74,31 +96,8 @@ def _command(line: str, conversation: Conversation) -> None:
         raise OptionError(f"there is no command {name}: /help lists them")
 
 
-def _typed_lines() -> Iterator[str]:
-    """Lines typed at the prompt, with history and editing."""
-    try:
-        import readline  # noqa: F401  input() uses it once imported
-    except ImportError:
-        pass
-    warned = False
-    while True:
-        try:
-            line = _ask_line()
-        except EOFError:
-            terminal.console().print()
-            return
-        except KeyboardInterrupt:
-            terminal.console().print()
-            if warned:
-                return
-            warned = True
-            terminal.figures("press Ctrl-C again to leave, or type /exit")
-            continue
-        warned = False
-        yield line
-
-
 def _ask_line() -> str:
+    """A line typed at the prompt. Raises EOFError at the end."""
     if sys.stdout.isatty():
         return input("> ")
     terminal.console().print("> ", end="")  # stdout is for the answers
@@ -109,6 +108,7 @@ def _ask_line() -> str:
 
 
 def _piped_lines() -> Iterator[str]:
+    """Lines of standard input. Raises OptionError for one that is no text."""
     for number, line in enumerate(sys.stdin.buffer, 1):
         try:
             yield line.decode()

@@ -114,7 +114,7 @@ def generate(
     output: Any = None
     with _Interrupts(stream) as interrupts, activity:
         try:
-            output = model.generate(  # type: ignore[operator]
+            output = model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 generation_config=config,
@@ -146,7 +146,7 @@ def generate(
     )
 
 
-class _Interrupts(StoppingCriteria):
+class _Interrupts(StoppingCriteria):  # type: ignore[misc]
     """Ctrl-C as a wish to stop after the token at hand, so that the cache stays whole.
 
     Before the first token there is nothing to keep, and pressed again it cannot wait: then it is a
@@ -197,7 +197,7 @@ def _continuable(output: Any) -> DynamicCache | None:
     """
     cache = getattr(output, "past_key_values", None)
     plain = (DynamicLayer, DynamicSlidingWindowLayer)
-    if type(cache) is DynamicCache and all(type(layer) in plain for layer in cache.layers):
+    if cache is not None and type(cache) is DynamicCache and all(type(layer) in plain for layer in cache.layers):
         return cache
     return None
 

@@ -97,6 +97,6 @@ def _refuse_incomplete(folder: Path, model: PreTrainedModel, info: dict[str, Any
         if names:
             model.offload.close()
             raise CheckpointError(
-                f"{folder}: tensors {problem}, such as {names[0]!r} ({len(names)} in all): the checkpoint is incomplete "
-                "or of another architecture than its config.json says"
+                f"{folder}: {len(names)} tensors {problem}, such as {names[0]!r}: the checkpoint is incomplete or of "
+                "another architecture than its config.json says"
             )

@@ -14,13 +14,12 @@ from typing import Self
 from rich.progress import (
     BarColumn,
     Progress,
-    ProgressColumn,
     SpinnerColumn,
     Task,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
+from rich.progress_bar import ProgressBar
 from rich.table import Column
 from rich.text import Text
 
@@ -73,56 +72,42 @@ class Activity:
             self._thread.join()
 
     def _show(self) -> None:
+        kind, since = "", time.perf_counter()
         if self._ended.wait(_DELAY):
             return
-        with _bars() as bars:
-            shown, task = "", bars.add_task("")
+        with _line() as line:
+            task = line.add_task("", pace="")
             while not self._ended.wait(_PERIOD):
-                what, (done, total, unit) = (
-                    self._what,
-                    self._measure() if self._measure else self._amount,
-                )
-                if what != shown:  # another piece of work has a rate and an end of its own
-                    bars.remove_task(task)
-                    shown, task = what, bars.add_task(what, total=total, unit=unit)
-                bars.update(task, completed=done, total=total, unit=unit)
+                done, total, unit = self._measure() if self._measure else self._amount
+                if kind and unit != kind:  # other work has a rate of its own
+                    since = time.perf_counter()
+                kind = unit
+                pace = _pace(done, total, unit, time.perf_counter() - since)
+                line.update(task, description=self._what, completed=done, total=total, pace=pace)
 
 
-def _bars() -> Progress:
+def _pace(done: float, total: float | None, unit: str, seconds: float) -> str:
+    """How much of how much, how fast on the whole, and how long that leaves."""
+    if not total:
+        return ""
+    text = f"{done:.0f}/{total:.0f} {unit}"
+    if done and seconds:
+        text += f", {done / seconds:.3g}/s, {(total - done) * seconds / done:.0f} s left"
+    return text
+
+
+def _line() -> Progress:
     return Progress(
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
         _BarWhenKnown(bar_width=24),
-        _Rate(),
+        TextColumn("{task.fields[pace]}", style="cyan"),
         TimeElapsedColumn(),
-        _TimeLeft(),
         console=terminal.console(),
         transient=True,
     )
 
 
 class _BarWhenKnown(BarColumn):
-    def render(self, task: Task) -> "Text":  # type: ignore[override]
-        return super().render(task) if task.total else Text()  # type: ignore[return-value]
-
-
-class _Rate(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        unit = task.fields.get("unit")
-        if not unit or not task.total:
-            return Text()
-        speed = task.speed or 0
-        digits = 0 if speed >= 100 else 1
-        return Text(f"{task.completed:.0f}/{task.total:.0f} {unit}, {speed:.{digits}f}/s", style="cyan")
-
-
-class _TimeLeft(TimeRemainingColumn):
-    def render(self, task: Task) -> Text:
-        if not task.total:
-            return Text()
-        return Text.assemble("left ", super().render(task))
-
-
-def seconds_since(started: float) -> float:
-    """Seconds since `started`, a time.perf_counter()."""
-    return time.perf_counter() - started
+    def render(self, task: Task) -> "ProgressBar | Text":  # type: ignore[override]
+        return super().render(task) if task.total else Text()

@@ -48,7 +48,7 @@ class TextDecoder:
         return text
 
 
-class TextStream(BaseStreamer):
+class TextStream(BaseStreamer):  # type: ignore[misc]
     """What `generate` hands its tokens to.
 
     `on_token` is called for each, with the text it made certain.

@@ -79,4 +79,4 @@ def write_shard(path: Path, header: Any, data: bytes) -> None:
 def shard_of(folder: Path, tensor: str) -> Path:
     """The file that holds `tensor`."""
     index = json.loads((folder / "model.safetensors.index.json").read_bytes())
-    return folder / index["weight_map"][tensor]
+    return folder / str(index["weight_map"][tensor])

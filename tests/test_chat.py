@@ -63,7 +63,7 @@ def test_streamed_pieces_are_the_answer(model: Any) -> None:
 
 @pytest.mark.parametrize("arch", ["qwen3_moe", "gpt_oss", "deepseek_v3", "jamba"])
 def test_cache_between_turns_changes_no_token(arch: str, tmp_path: Path) -> None:
-    overrides = {"sliding_window": 32} if arch == "gpt_oss" else {}
+    overrides: dict[str, Any] = {"sliding_window": 32} if arch == "gpt_oss" else {}
     model = moe_offload.load(cli_model.make_folder(tmp_path / arch, arch, **overrides), threads=1)
     answers = []
     with model.offload:

@@ -90,7 +90,10 @@ def json_edit(name: str, **changes: Any) -> Damage:
 
 
 def replaced(name: str, content: bytes) -> Damage:
-    return lambda folder: (folder / name).write_bytes(content) and None
+    def damage(folder: Path) -> None:
+        (folder / name).write_bytes(content)
+
+    return damage
 
 
 def removed(*names: str) -> Damage:

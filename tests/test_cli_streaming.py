@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from moe_offload.progress import _pace
 from moe_offload.streaming import TextDecoder
 from tests import cli_model
 
@@ -55,3 +56,9 @@ def test_space_between_words_depends_on_what_stands_before(before: list[int], ex
     core.decoder = decoders.Metaspace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
     assert "".join(pieces(tokenizer, [2], before)) == expected
+
+
+def test_pace_of_work() -> None:
+    assert _pace(250, 1000, "tokens", 2.0) == "250/1000 tokens, 125/s, 6 s left"
+    assert _pace(0, 4, "kernels", 0.5) == "0/4 kernels"
+    assert _pace(0, None, "", 1.0) == ""
