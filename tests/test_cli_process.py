@@ -176,6 +176,7 @@ def test_conversation_at_a_terminal(folder: Path) -> None:
     terminal.wait_for("conversation cleared")
     terminal.type("\x03")
     terminal.wait_for("Ctrl-C again")
+    terminal.wait_for("> ")
     terminal.type("\x03")
     assert terminal.exit_code() == 0
     assert "Traceback" not in terminal.text
