@@ -17,7 +17,7 @@ from moe_offload.cpu_kernels.emit import I32, I64, Emitter, Value, micro_kernel,
 from moe_offload.cpu_kernels.kernel_cache import compile_job
 from moe_offload.cpu_kernels.memory import load_i64, store_i64
 from moe_offload.cpu_kernels.target import current_target
-from moe_offload.cpu_kernels.team import ThreadTeam, aligned_bytes
+from moe_offload.cpu_kernels.team import Team, aligned_bytes
 
 _MIB = 1 << 20
 _START, _SHARE, _SINK = 0, 8, 64  # argument block: address, bytes per thread, a line per thread
@@ -79,7 +79,7 @@ def _job(reader: _Reader) -> Any:
     return compile_job(read_share, "void(int64,int64)", key)
 
 
-def measure_read_bandwidth(team: ThreadTeam, mib: int = 1024, seconds: float = 1.0) -> float:
+def measure_read_bandwidth(team: Team, mib: int = 1024, seconds: float = 1.0) -> float:
     """Read limit of the team's threads in GB/s (1e9): the best kernel's median over cold memory.
 
     `mib` should be several times the last-level cache; each sample reads another part of it.
@@ -94,7 +94,7 @@ def measure_read_bandwidth(team: ThreadTeam, mib: int = 1024, seconds: float = 1
 class ReadLimit:
     """Samples to be interleaved with a benchmark's own: the limit moves with the neighbours."""
 
-    def __init__(self, team: ThreadTeam, mib: int = 1024) -> None:
+    def __init__(self, team: Team, mib: int = 1024) -> None:
         self._team = team
         self._memory = mmap.mmap(-1, mib * _MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):

@@ -25,7 +25,7 @@ from moe_offload.cpu_kernels.memory import TYPE_CODES, load_i64, store_i64
 from moe_offload.cpu_kernels.row_job import make_row_job
 from moe_offload.cpu_kernels.target import current_target
 from moe_offload.cpu_kernels.team import COMPILED as TEAM
-from moe_offload.cpu_kernels.team import ThreadTeam
+from moe_offload.cpu_kernels.team import Team
 
 LINE = 64
 CHUNK = 32  # rows of an expert taken at once: 32 inputs of H = 2048 are 256 KiB
@@ -160,7 +160,7 @@ class ExpertKernel:
         groups: Groups,
         hidden: NDArray[np.float32],
         out: NDArray[np.float32],
-        team: ThreadTeam,
+        team: Team,
     ) -> None:
         """out[token] += weight * expert(hidden[token]) for every row of `groups`.
 

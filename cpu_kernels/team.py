@@ -22,6 +22,7 @@ import os
 import threading
 import time
 import weakref
+from abc import ABC, abstractmethod
 from types import TracebackType
 from typing import Any, Self
 
@@ -120,41 +121,72 @@ def aligned_bytes(size: int) -> NDArray[np.uint8]:
     return memory[start : start + size]
 
 
-class ThreadTeam:
-    """`threads` threads, the caller included, that run one compiled job at a time.
+class Team(ABC):
+    """`threads` threads, the caller included, that run one compiled job at a time, and memory for the jobs.
 
-    Workers start with the first launch, and anew in a forked child. Launches from several Python
-    threads take turns. With one thread there is no worker and nothing to wait for.
+    Launches from several Python threads take turns.
     """
 
     def __init__(self, threads: int) -> None:
         if threads < 1:
             raise ValueError(f"a team needs at least 1 thread, got {threads}")
         self.threads = threads
-        self._closed = False
         self._reset()
-        _teams.add(self)
 
     def _reset(self) -> None:
         self.lock = threading.RLock()  # held from filling a job's arguments to its end
-        self._workers: list[threading.Thread] = []
-        self._mailbox = aligned_bytes(_MAILBOX_BYTES)
-        self._box: int = self._mailbox.ctypes.data
         self._scratch = aligned_bytes(0)
-        self._stopper: Any = None
 
+    @abstractmethod
     def launch(self, job: int, args: int) -> None:
-        """Run the C function at address `job` on every thread; returns when all have finished."""
-        with self.lock:
-            if not self._workers and self.threads > 1:
-                self._start()
-            _launch(self._box, self.threads, job, args)
+        """Run the C function `void(thread, args)` at address `job` on every thread; returns when all have finished."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Take no more jobs. Closing twice is fine."""
 
     def scratch(self, size: int) -> int:
         """Address of `size` bytes on a cache line, owned by the team, valid under its lock."""
         if self._scratch.size < size:
             self._scratch = aligned_bytes(size + size // 4)
         return self._scratch.ctypes.data
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class ThreadTeam(Team):
+    """A team with threads of its own.
+
+    Workers start with the first launch, and anew in a forked child. Launches from several Python
+    threads take turns. With one thread there is no worker and nothing to wait for.
+    """
+
+    def __init__(self, threads: int) -> None:
+        super().__init__(threads)
+        self._closed = False
+        _teams.add(self)
+
+    def _reset(self) -> None:
+        super()._reset()
+        self._workers: list[threading.Thread] = []
+        self._mailbox = aligned_bytes(_MAILBOX_BYTES)
+        self._box: int = self._mailbox.ctypes.data
+        self._stopper: Any = None
+
+    def launch(self, job: int, args: int) -> None:
+        with self.lock:
+            if not self._workers and self.threads > 1:
+                self._start()
+            _launch(self._box, self.threads, job, args)
 
     def _start(self) -> None:
         if self._closed:
@@ -182,17 +214,6 @@ class ThreadTeam:
             for worker in self._workers:
                 worker.join()
             self._workers.clear()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 _teams: weakref.WeakSet[ThreadTeam] = weakref.WeakSet()

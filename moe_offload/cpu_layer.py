@@ -14,7 +14,7 @@ from torch.nn import functional
 from moe_offload.cpu_kernels.experts import ExpertKernel
 from moe_offload.cpu_kernels.grouping import Groups
 from moe_offload.cpu_kernels.layout import ExpertLayout, WeightType
-from moe_offload.cpu_kernels.team import ThreadTeam
+from moe_offload.cpu_kernels.team import Team
 from moe_offload.models.checkpoint import Checkpoint
 from moe_offload.models.dequantize import read_matrix
 from moe_offload.models.expert_weights import ExpertWeights, MatrixSet
@@ -22,6 +22,8 @@ from moe_offload.models.spec import MoeLayerSpec
 
 logger = logging.getLogger(__name__)
 
+_DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
+NEVER = 1 << 62  # tokens
 _BIAS_TYPES: dict[str, WeightType] = {"BF16": "bf16", "F16": "f16", "F32": "f32"}
 
 
@@ -54,7 +56,7 @@ class CpuLayer:
         weights: ExpertWeights,
         checkpoint: Checkpoint,
         kernel: ExpertKernel | None,
-        team: ThreadTeam,
+        team: Team,
         gemm_rows: int,
     ) -> None:
         self.spec = spec
@@ -72,7 +74,9 @@ class CpuLayer:
         if self.kernel is None or self.table is None:
             self._run_torch(module, groups, hidden_states, out)
             return len(groups.experts)
-        many = np.diff(groups.offsets) >= self.gemm_rows
+        # torch multiplies like by like: weights in another dtype than the tokens would be converted at every call.
+        same_dtype = hidden_states.dtype == _DTYPES[self.weights.format]
+        many = np.diff(groups.offsets) >= (self.gemm_rows if same_dtype else NEVER)
         by_torch = int(np.count_nonzero(many))
         few = groups.select(~many) if by_torch else groups
         if len(few.experts):

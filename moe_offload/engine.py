@@ -21,13 +21,16 @@ from transformers import PreTrainedModel
 from moe_offload.cpu_kernels.experts import ExpertKernel, warm_up
 from moe_offload.cpu_kernels.grouping import group_tokens
 from moe_offload.cpu_kernels.layout import Activation, ExpertLayout
+from moe_offload.cpu_kernels.openmp_team import OpenMPTeam, find_openmp_runtime
 from moe_offload.cpu_kernels.processors import default_threads
-from moe_offload.cpu_kernels.team import ThreadTeam
+from moe_offload.cpu_kernels.target import current_target
+from moe_offload.cpu_kernels.team import Team, ThreadTeam
+from moe_offload.cpu_layer import NEVER, CpuLayer, kernel_layout
+from moe_offload.memory import require_memory
+from moe_offload.models.expert_weights import WeightFormat
 from moe_offload.models.experts_function import attach_handle, detach_handle
 from moe_offload.models.skeleton import Skeleton
 from moe_offload.models.spec import MoeSpec
-from moe_offload.cpu_layer import CpuLayer, kernel_layout
-from moe_offload.memory import require_memory
 from moe_offload.options import Options
 from moe_offload.statistics import Statistics
 
@@ -36,8 +39,11 @@ logger = logging.getLogger(__name__)
 # Called with what is being done, how much of it is done, and how much there is.
 Progress = Callable[[str, int, int], None]
 
-# Tokens per expert where torch's bf16 GEMM overtakes the kernels, measured by benchmarks/cpu_experts.py.
+# Tokens per expert where torch's bf16 GEMM overtakes the kernels on a CPU with bf16 instructions (1.4 times as slow at
+# 16, 1.4 times as fast at 32: benchmarks/results/cpu_experts.json). Without such instructions, and for f16 and f32, the
+# kernels stay ahead.
 GEMM_ROWS = 24
+BF16_FEATURES = ("+avx512bf16", "+amx-bf16")
 
 
 class Engine:
@@ -57,7 +63,7 @@ class Engine:
         self._model = model
         self._dtype = dtype
         self._closed = False
-        self._team = ThreadTeam(options.threads or default_threads())
+        self._team = _make_team(options.threads or default_threads())
         kernels = _make_kernels(skeleton, progress)
         self._layers = {
             layer.path: CpuLayer(
@@ -66,7 +72,7 @@ class Engine:
                 skeleton.checkpoint,
                 kernels[layer.path],
                 self._team,
-                options.gemm_rows or GEMM_ROWS,
+                options.gemm_rows or _gemm_rows(skeleton.weights[layer.path].format),
             )
             for layer in skeleton.spec.layers
         }
@@ -215,6 +221,22 @@ class _NoBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         raise RuntimeError("moe_offload runs inference only: its experts have no gradient; load with transformers to train")
+
+
+def _make_team(threads: int) -> Team:
+    """torch's own threads where they are as many, else a team of ours."""
+    runtime = find_openmp_runtime()
+    if runtime is not None and 1 < threads == torch.get_num_threads():
+        try:
+            return OpenMPTeam(threads, runtime)
+        except (OSError, AttributeError) as error:
+            logger.info("torch's threads cannot be borrowed (%s): the experts get their own", error)
+    return ThreadTeam(threads)
+
+
+def _gemm_rows(weights: WeightFormat) -> int:
+    features = current_target().features
+    return GEMM_ROWS if weights == "bf16" and any(name in features for name in BF16_FEATURES) else NEVER
 
 
 def _make_kernels(skeleton: Skeleton, progress: Progress | None) -> dict[str, ExpertKernel | None]:
