@@ -1,10 +1,11 @@
-"""How fast does a whole model decode on this CPU, against transformers' fastest experts implementation, on the same checkpoint?
+"""How fast does a whole model decode on this CPU, against transformers' fastest experts implementation, on the same
+checkpoint?
 
-Both models are in one process and take turns, round by round, generating from the same prompt with the same greedy settings; prefill is
-timed apart (the first token). transformers runs with each of its experts implementations first, and the fastest goes on to the rounds.
+Both models are in one process and take turns, round by round, generating from the same prompt with the same greedy
+settings; prefill is timed apart (the first token). transformers runs with each of its experts implementations
+first, and the fastest goes on to the rounds.
 """
 
-import tempfile
 import time
 from pathlib import Path
 from statistics import median
@@ -19,7 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import moe_offload
 from benchmarks.random_checkpoint import make_checkpoint
-from benchmarks.reporting import progress, spread, write_result
+from benchmarks.reporting import WORK, progress, spread, write_result
 from moe_offload.cpu_kernels import ThreadTeam, measure_read_bandwidth
 
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
@@ -51,9 +52,7 @@ def generate(model: Any, ids: torch.Tensor, new_tokens: int) -> tuple[float, flo
 
 
 def main(
-    work_dir: Annotated[Path, typer.Option(help="Where the random checkpoint is made (and found again).")] = Path(
-        tempfile.gettempdir()
-    ) / "moe-offload-benchmarks",
+    work_dir: Annotated[Path, typer.Option(help="Where the random checkpoint is made (and found again).")] = WORK,
     layers: Annotated[int, typer.Option(min=1, help="Layers of Qwen3 shape, 1.2 GB of experts each.")] = 4,
     rounds: Annotated[int, typer.Option(min=1)] = 7,
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 128,
@@ -95,7 +94,9 @@ def main(
         series[f"transformers {fastest}"].append(generate(reference, ids, new_tokens))
 
     limit, experts = median(limits), median(achieved)
-    table = Table("", "prefill t/s", "decode t/s", title=f"{prompt_tokens} prompt tokens, {new_tokens} new, batch 1, bf16")
+    table = Table(
+        "", "prefill t/s", "decode t/s", title=f"{prompt_tokens} prompt tokens, {new_tokens} new, batch 1, bf16"
+    )
     rows: dict[str, Any] = {}
     for name, found in series.items():
         rows[name] = {
@@ -107,8 +108,12 @@ def main(
     console.print(table)
     ours_row, other = (rows[name] for name in series)
     ratios = {key: ours_row[key]["median"] / other[key]["median"] for key in ours_row}
-    console.print(f"decode {ratios['decode_tokens_per_s']:.2f}x, prefill {ratios['prefill_tokens_per_s']:.2f}x transformers")
-    console.print(f"experts while decoding: {experts:.1f} GB/s, {experts / limit:.0%} of the read limit {limit:.1f} GB/s")
+    console.print(
+        f"decode {ratios['decode_tokens_per_s']:.2f}x, prefill {ratios['prefill_tokens_per_s']:.2f}x transformers"
+    )
+    console.print(
+        f"experts while decoding: {experts:.1f} GB/s, {experts / limit:.0%} of the read limit {limit:.1f} GB/s"
+    )
     if not smoke:
         write_result(
             "decode",

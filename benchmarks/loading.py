@@ -1,7 +1,9 @@
-"""What does loading cost: seconds and private memory, for the engine and for transformers, on the same checkpoint in one run?
+"""What does loading cost: seconds and private memory, for the engine and for transformers, on the same checkpoint
+in one run?
 
-Each load happens in a process of its own, alternating, so that one's memory and warm caches do not favour the other; imports and kernel
-compilation are outside of the timed part. The files are in the page cache (the first, untimed round reads them).
+Each load happens in a process of its own, alternating, so that one's memory and warm caches do not favour the
+other; imports and kernel compilation are outside of the timed part. The files are in the page cache (the first,
+untimed round reads them).
 """
 
 import multiprocessing
@@ -15,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.random_checkpoint import make_checkpoint
-from benchmarks.reporting import progress, resident, spread, write_result
+from benchmarks.reporting import WORK, progress, resident, spread, write_result
 
 
 def load_once(folder: Path, ours: bool) -> dict[str, float]:
@@ -40,7 +42,11 @@ def load_once(folder: Path, ours: bool) -> dict[str, float]:
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     seconds = time.perf_counter() - started
     after = resident()
-    result = {"seconds": seconds, "anon": after["RssAnon"] - before["RssAnon"], "file": after["RssFile"] - before["RssFile"]}
+    result = {
+        "seconds": seconds,
+        "anon": after["RssAnon"] - before["RssAnon"],
+        "file": after["RssFile"] - before["RssFile"],
+    }
     if ours:
         spec = model.offload.spec
         result["expert_bytes"] = spec.expert_bytes("bf16")
@@ -49,9 +55,7 @@ def load_once(folder: Path, ours: bool) -> dict[str, float]:
 
 
 def main(
-    work_dir: Annotated[Path, typer.Option(help="Where the random checkpoint is made (and found again).")] = Path(
-        tempfile.gettempdir()
-    ) / "moe-offload-benchmarks",
+    work_dir: Annotated[Path, typer.Option(help="Where the random checkpoint is made (and found again).")] = WORK,
     layers: Annotated[int, typer.Option(min=1, help="Layers of Qwen3 shape, 1.2 GB of experts each.")] = 4,
     rounds: Annotated[int, typer.Option(min=1)] = 5,
     smoke: Annotated[bool, typer.Option(help="A quick run on a small shape; writes nothing.")] = False,
@@ -73,7 +77,9 @@ def main(
         name: {key: spread([one[key] for one in found]) for key in ("seconds", "anon", "file")}
         for name, found in series.items()
     }
-    table = Table("", "load s", "private MB", "share of the experts' bytes", title=f"{experts / 1e9:.2f} GB of experts, bf16")
+    table = Table(
+        "", "load s", "private MB", "share of the experts' bytes", title=f"{experts / 1e9:.2f} GB of experts, bf16"
+    )
     for name, row in rows.items():
         anon = row["anon"]["median"]
         table.add_row(name, f"{row['seconds']['median']:.2f}", f"{anon / 1e6:.0f}", f"{anon / experts:.1%}")

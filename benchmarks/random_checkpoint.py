@@ -1,7 +1,7 @@
 """Random checkpoints with the shapes of real models, a few layers deep, written shard by shard in bounded memory.
 
-Random weights route tokens evenly over experts, which real ones do not: decode figures hold (every token reads top-k experts), cache
-hit rates do not and are not measured on these.
+Random weights route tokens evenly over experts, which real ones do not: decode figures hold (every token reads
+top-k experts), cache hit rates do not and are not measured on these.
 """
 
 import json
@@ -32,15 +32,14 @@ SHAPES: dict[str, dict[str, Any]] = {
 def make_config(shape: str, layers: int) -> PreTrainedConfig:
     """A Qwen3-MoE configuration of the named shape."""
     return Qwen3MoeConfig(
-        **SHAPES[shape], num_hidden_layers=layers, intermediate_size=1024, vocab_size=8192, max_position_embeddings=4096,
+        **SHAPES[shape], num_hidden_layers=layers, intermediate_size=1024, vocab_size=8192,
+        max_position_embeddings=4096,
         norm_topk_prob=True, dtype="bfloat16", tie_word_embeddings=False, architectures=["Qwen3MoeForCausalLM"],
         bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
 
 
-def make_checkpoint(
-    folder: Path, shape: str, layers: int, progress: Callable[[str], None] = lambda _: None
-) -> Path:
+def make_checkpoint(folder: Path, shape: str, layers: int, progress: Callable[[str], None] = lambda _: None) -> Path:
     """A bf16 checkpoint in `folder` / name; one that is already there is taken as it is."""
     target = folder / f"{shape}-{layers}"
     if target.is_dir():
@@ -77,7 +76,9 @@ def _shards(config: PreTrainedConfig) -> Iterator[dict[str, torch.Tensor]]:
     rest = {}
     for name, parameter in skeleton.named_parameters():
         if ".experts." not in name:
-            rest[name] = torch.ones(parameter.shape, dtype=torch.bfloat16) if parameter.dim() == 1 else random(*parameter.shape)
+            rest[name] = (
+                torch.ones(parameter.shape, dtype=torch.bfloat16) if parameter.dim() == 1 else random(*parameter.shape)
+            )
     yield rest
     hidden, inner = config.hidden_size, config.moe_intermediate_size
     for layer in range(config.num_hidden_layers):

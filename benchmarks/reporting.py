@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import sys
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -12,6 +13,8 @@ from typing import Any
 import psutil
 
 RESULTS = Path(__file__).parent / "results"
+# Where benchmarks keep the checkpoints they make, to find them again.
+WORK = Path(tempfile.gettempdir()) / "moe-offload-benchmarks"
 
 
 def machine() -> dict[str, Any]:
@@ -32,7 +35,8 @@ def _cpu_name() -> str:
     except OSError:
         return platform.processor()
     fields = {name.strip(): value.strip() for name, _, value in lines}
-    return f"{fields.get('model name', platform.processor())} (family {fields.get('cpu family')}, model {fields.get('model')})"
+    name = fields.get("model name", platform.processor())
+    return f"{name} (family {fields.get('cpu family')}, model {fields.get('model')})"
 
 
 def write_result(name: str, result: dict[str, Any], folder: Path = RESULTS) -> Path:

@@ -1,15 +1,15 @@
 """A thread team that borrows the threads of an OpenMP runtime already in the process: torch's.
 
 Between two MoE layers torch runs attention on its own threads, and these go on spinning for some milliseconds after
-each operation, in the hope of the next. A second team on the same cores then shares them with the spinners: measured on 2
-cores, experts read 18 to 23 GB/s between torch operations against 26 to 30 alone. So the jobs are handed to the
-spinners themselves, through the entry point that compilers use for a parallel region:
+each operation, in the hope of the next. A second team on the same cores then shares them with the spinners:
+measured on 2 cores, experts read 18 to 23 GB/s between torch operations against 26 to 30 alone. So the jobs are
+handed to the spinners themselves, through the entry point that compilers use for a parallel region:
 
     GOMP_parallel(function, data, threads, flags)
 
-libgomp defines it; the runtimes of LLVM and Intel have it for compatibility. Each thread of the region draws a ticket, which is
-its number. A job never waits for a particular thread, so a region that gets fewer threads than it asked for (a nested one, or
-OMP_THREAD_LIMIT) still finishes.
+libgomp defines it; the runtimes of LLVM and Intel have it for compatibility. Each thread of the region draws a
+ticket, which is its number. A job never waits for a particular thread, so a region that gets fewer threads than it
+asked for (a nested one, or OMP_THREAD_LIMIT) still finishes.
 
 The number of threads should be the one torch uses: the runtime would otherwise end and start threads at every change.
 """

@@ -1,8 +1,9 @@
 """Which activation an experts module computes: found by asking the module, not by its name.
 
-Candidates are built from the parameters that modules carry (alpha, limit, ...); the one whose values agree with the module's own
-`_apply_gate` (or `act_fn`) on a grid of probe values is the answer. A module that computes something else matches none, and its
-layer takes the torch path, which calls the module itself: never a silently different function.
+Candidates are built from the parameters that modules carry (alpha, limit, ...); the one whose values agree with the
+module's own `_apply_gate` (or `act_fn`) on a grid of probe values is the answer. A module that computes something
+else matches none, and its layer takes the torch path, which calls the module itself: never a silently different
+function.
 """
 
 import math
@@ -16,8 +17,8 @@ from torch.nn import functional
 
 from moe_offload.cpu_kernels.layout import Activation
 
-# Around zero, in the bend, beyond every clamp in use (7 and 10), and where exp() would overflow. The step is irregular on
-# purpose, so that no candidate agrees by symmetry.
+# Around zero, in the bend, beyond every clamp in use (7 and 10), and where exp() would overflow. The step is
+# irregular on purpose, so that no candidate agrees by symmetry.
 _PROBE = torch.cat([torch.linspace(-4.03, 4.07, 61), torch.tensor([-95.0, -31.5, -12.3, -7.2, 7.4, 11.9, 33.1, 97.0])])
 
 
@@ -42,7 +43,16 @@ def evaluate(activation: Activation, gate: torch.Tensor, up: torch.Tensor | None
     if kind == "silu_clamp":
         assert up is not None
         return functional.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
-    if kind == "silu":
+    if kind == "silu_cap":
+        assert up is not None
+        return functional.silu(gate).clamp(max=limit) * up.clamp(-limit, limit)
+    if kind == "silu_softcap":
+        assert up is not None
+        capped = activation.alpha * torch.tanh(gate / activation.alpha)
+        return capped * torch.sigmoid(gate) * limit * torch.tanh(up / limit)
+    if kind == "gelu_quick":
+        value = gate * torch.sigmoid(activation.alpha * gate)
+    elif kind == "silu":
         value = functional.silu(gate)
     elif kind == "gelu":
         value = functional.gelu(gate)
@@ -58,7 +68,9 @@ def evaluate(activation: Activation, gate: torch.Tensor, up: torch.Tensor | None
 
 
 def probe_gate(module: nn.Module) -> GateProbe:
-    """Find what `module` (a dispatched or adapted experts module, weights not needed) computes between its projections."""
+    """Find what `module` (a dispatched or adapted experts module, weights not needed) computes between its
+    projections.
+    """
     candidates = _candidates(module)
     if not getattr(module, "has_gate", True):
         found = _call(partial(module.act_fn, _PROBE))  # type: ignore[arg-type,operator,misc]
@@ -92,10 +104,15 @@ def _candidates(module: nn.Module) -> list[Activation]:
 
     limits = numbers("limit", "swiglu_limit")
     alphas = numbers("alpha", "swiglu_alpha") or [1.702]
-    plain = [Activation(kind) for kind in ("silu", "gelu", "gelu_tanh", "relu", "relu2")]
-    clamped = [Activation("silu_clamp", limit=limit) for limit in limits]
+    plain = [Activation(kind) for kind in ("silu", "gelu", "gelu_tanh", "gelu_quick", "relu", "relu2")]
+    if not getattr(module, "has_gate", True):
+        return plain
+    clamped = [Activation(kind, limit=limit) for kind in ("silu_clamp", "silu_cap") for limit in limits]
     oai = [Activation("swiglu_oai", alpha=alpha, limit=limit) for alpha in alphas for limit in limits]
-    return plain + clamped + oai
+    act_fn = getattr(module, "act_fn", None)
+    caps = [getattr(getattr(act_fn, name, None), "softcap", 0.0) for name in ("gate_softcap", "up_softcap")]
+    soft = [Activation("silu_softcap", alpha=float(caps[0]), limit=float(caps[1]))] if all(caps) else []
+    return plain + clamped + oai + soft
 
 
 def _call(function: Callable[[], object]) -> torch.Tensor | None:

@@ -1,7 +1,7 @@
 """Finding experts modules, and fitting those that transformers does not dispatch through its experts interface.
 
-Two undecorated architectures are fitted by swapping a module's class for a subclass of it; swapping back is exact, and the modules'
-parameters and buffers are never touched:
+Two undecorated architectures are fitted by swapping a module's class for a subclass of it; swapping back is exact,
+and the modules' parameters and buffers are never touched:
 
     llama4          its block repeats every token for every expert and multiplies densely; the routing weight scales
                     the expert's *input*
@@ -95,8 +95,8 @@ def _refusal(model: PreTrainedModel) -> str:
     counts = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     experts = next((n for name in counts if type(n := getattr(config, name, None)) is int and n > 1), None)
     supported = (
-        "supported is every architecture whose experts transformers dispatches through its experts interface (Mixtral, Qwen-MoE, "
-        f"DeepSeek, gpt-oss, OLMoE, GLM, Granite-MoE, ... ), and {', '.join(ADAPTED)}"
+        "supported is every architecture whose experts transformers dispatches through its experts interface "
+        f"(Mixtral, Qwen-MoE, DeepSeek, gpt-oss, OLMoE, GLM, Granite-MoE, ...), and {', '.join(ADAPTED)}"
     )
     if experts is None and not any("experts" in name.lower() for name, _ in model.named_modules()):
         return f"{config.model_type!r} is a dense model, it has no experts to offload; {supported}"

@@ -90,8 +90,8 @@ class _WritableAlias:
 class Checkpoint:
     """Tensors of some safetensors files by name, mapped read-only.
 
-    `records[name]` says where a tensor lies, `view(name)` is a read-only torch tensor on the mapping, `address(record)` its
-    first byte. Everything is valid until `close()`.
+    `records[name]` says where a tensor lies, `view(name)` is a read-only torch tensor on the mapping,
+    `address(record)` its first byte. Everything is valid until `close()`.
     """
 
     def __init__(self, files: Iterable[Path]) -> None:

@@ -1,8 +1,8 @@
 """Everything that depends on transformers' internals, in one place. Checked on 5.14 and 5.23.
 
 What moves between versions: the loader's conversion rules (`conversion_mapping`, `core_model_loading`), the type of
-`_keys_to_ignore_on_load_unexpected` (list or set), how many arguments `update_weight_conversions` takes, and which flags the
-experts decorator sets on a module (read them with a default).
+`_keys_to_ignore_on_load_unexpected` (list or set), how many arguments `update_weight_conversions` takes, and which
+flags the experts decorator sets on a module (read them with a default).
 """
 
 import re
@@ -65,25 +65,19 @@ class KeyResolver:
         self._renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
         self._converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
         self._by_pattern = {
-            pattern: converter
-            for converter in self._converters
-            for pattern in converter.source_patterns
+            pattern: converter for converter in self._converters for pattern in converter.source_patterns
         }
         self._prefix = model.base_model_prefix
         self._names = model.state_dict()
 
     def __call__(self, key: str) -> ResolvedKey:
-        target, pattern = rename_source_key(
-            key, self._renamings, self._converters, self._prefix, self._names
-        )
+        target, pattern = rename_source_key(key, self._renamings, self._converters, self._prefix, self._names)
         if target not in self._names and key in self._names:
             target, pattern = key, None
         if pattern is None:
             return ResolvedKey(target)
         converter = self._by_pattern[pattern]
-        return ResolvedKey(
-            target, pattern, tuple(converter.source_patterns), tuple(converter.operations)
-        )
+        return ResolvedKey(target, pattern, tuple(converter.source_patterns), tuple(converter.operations))
 
 
 def natural_order(names: Iterable[str]) -> list[str]:
@@ -117,7 +111,8 @@ def restore_experts_implementations(saved: Mapping[int, tuple[Any, str | None]])
 def ignore_unexpected_keys(model: PreTrainedModel, modules: Sequence[str]) -> Callable[[], None]:
     """Keep the load report from listing the keys of `modules` as unexpected; returns the undo.
 
-    Only these modules' names are added: the multi-token-prediction loader builds its own key list from the same attribute.
+    Only these modules' names are added: the multi-token-prediction loader builds its own key list from the same
+    attribute.
     """
     before = model._keys_to_ignore_on_load_unexpected
     had = "_keys_to_ignore_on_load_unexpected" in model.__dict__

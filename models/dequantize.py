@@ -1,7 +1,7 @@
 """Encoded expert matrices (FP8 blocks, MXFP4) as ordinary tensors, one expert at a time.
 
-The values equal those of transformers' own dequantising load: FP8 value times its block's scale, MXFP4 value times two to its
-group's exponent.
+The values equal those of transformers' own dequantising load: FP8 value times its block's scale, MXFP4 value times
+two to its group's exponent.
 """
 
 import torch
@@ -16,7 +16,9 @@ _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3
 def read_matrix(
     matrix: MatrixSet, weights: WeightFormat, checkpoint: Checkpoint, expert: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Expert `expert`'s matrix [out, in] in `dtype`: a view of the file where that is what is stored, else a new tensor."""
+    """Expert `expert`'s matrix [out, in] in `dtype`: a view of the file where that is what is stored, else a new
+    tensor.
+    """
     stored = matrix.view(checkpoint, expert)
     if matrix.scales is None:
         return stored.to(dtype)
@@ -34,7 +36,9 @@ def decode_fp8(stored: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 
 
 def decode_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """[out, groups, 16] bytes (low nibble first) and [out, groups] exponents biased by 127 -> [out, groups * 32] float32."""
+    """[out, groups, 16] bytes (low nibble first) and [out, groups] exponents biased by 127 -> [out, groups * 32]
+    float32.
+    """
     codes = torch.stack([blocks & 0x0F, blocks >> 4], dim=-1).flatten(-2).to(torch.int32)
     values = torch.tensor(_FP4)[codes]
     return torch.ldexp(values, scales.to(torch.int32)[..., None] - 127).flatten(1)

@@ -1,7 +1,8 @@
 """Where every expert's matrices lie in a checkpoint: resolved once with the loader's own rules, then plain offsets.
 
-transformers fuses experts into `gate_up_proj [E, 2I, H]` and `down_proj [E, H, I]` (some architectures transposed, some with
-gate and up interleaved). On disk they lie in one of these ways, and all of them can be read in place as strided matrices:
+transformers fuses experts into `gate_up_proj [E, 2I, H]` and `down_proj [E, H, I]` (some architectures transposed,
+some with gate and up interleaved). On disk they lie in one of these ways, and all of them can be read in place as
+strided matrices:
 
     per expert       experts.N.{gate,up,down}_proj.weight     merged and concatenated by the loader
     fused            [E, 2I, H] and [E, H, I]                 as in memory
@@ -122,8 +123,8 @@ def locate_experts(
 
     `model` is the skeleton with its expert parameters still in place (on meta).
 
-    Raises CheckpointError for what is missing or of the wrong shape or dtype, UnsupportedModelError for a storage layout
-    that is none of the above.
+    Raises CheckpointError for what is missing or of the wrong shape or dtype, UnsupportedModelError for a storage
+    layout that is none of the above.
     """
     shapes = {
         layer.path: {
@@ -134,9 +135,7 @@ def locate_experts(
     }
     targets = {f"{path}.{name}" for path, names in shapes.items() for name in names}
     sources = _sources(KeyResolver(model), checkpoint, targets)
-    return {
-        layer.path: _Layer(layer, shapes[layer.path], sources, checkpoint).weights() for layer in spec.layers
-    }
+    return {layer.path: _Layer(layer, shapes[layer.path], sources, checkpoint).weights() for layer in spec.layers}
 
 
 def _sources(
@@ -198,8 +197,8 @@ class _Layer:
         formats = {m.dtype for m in (gate, up, down) if m is not None}
         if len(formats) != 1 or not formats <= FORMATS.keys():
             raise CheckpointError(
-                f"the experts of {self.path} are stored as {', '.join(sorted(formats))}; supported are {SUPPORTED_FORMATS}, "
-                "one for all matrices of a layer"
+                f"the experts of {self.path} are stored as {', '.join(sorted(formats))}; "
+                f"supported are {SUPPORTED_FORMATS}, one for all matrices of a layer"
             )
         return ExpertWeights(
             FORMATS[formats.pop()], self.num_experts, self.spec.hidden_size, self.spec.intermediate_size,
@@ -223,7 +222,8 @@ class _Layer:
             for piece, pattern in zip(pieces, first.patterns, strict=True):
                 if len(piece.records) < self.num_experts:
                     raise CheckpointError(
-                        f"{target} needs {self.num_experts} tensors {pattern!r}, the checkpoint has {len(piece.records)}"
+                        f"{target} needs {self.num_experts} tensors {pattern!r}, "
+                        f"the checkpoint has {len(piece.records)}"
                     )
             return pieces
         records = [record for way in ways.values() for record in way]
@@ -317,7 +317,8 @@ class _Layer:
             rows, cols = cols, rows
         if any(s.shape != scales[0].shape for s in scales) or out_in[0] % rows or out_in[1] % cols:
             raise UnsupportedModelError(
-                f"scales {scales[0].name!r} {list(scales[0].shape)} do not divide a matrix of {list(out_in)} into blocks"
+                f"scales {scales[0].name!r} {list(scales[0].shape)} do not divide a matrix of "
+                f"{list(out_in)} into blocks"
             )
         strides = (1, rows) if flipped else (cols, 1)
         return MatrixSet(scales, (rows, cols), strides, 0, rows * cols if piece.fused else None)
@@ -340,7 +341,8 @@ class _Layer:
         record = self.only(name).records[0]
         if record.shape != self.shapes[name] or record.dtype not in ("BF16", "F16", "F32"):
             raise CheckpointError(
-                f"tensor {record.name!r} is {record.dtype} {list(record.shape)}, expected floats {list(self.shapes[name])}"
+                f"tensor {record.name!r} is {record.dtype} {list(record.shape)}, "
+                f"expected floats {list(self.shapes[name])}"
             )
         return MatrixSet((record,), record.shape[1:], (1,), 0, record.shape[1])
 

@@ -1,8 +1,8 @@
 """The function that transformers calls at each MoE block, and how it finds the engine.
 
-An experts module that the engine runs carries a *handle* in its `__dict__` (not as a submodule or a parameter). The function hands
-the call over to it. Modules without a handle but with weights of their own, such as those of a multi-token-prediction head that
-transformers loads beside the model, run through transformers' own `grouped_mm`.
+An experts module that the engine runs carries a *handle* in its `__dict__` (not as a submodule or a parameter). The
+function hands the call over to it. Modules without a handle but with weights of their own, such as those of a
+multi-token-prediction head that transformers loads beside the model, run through transformers' own `grouped_mm`.
 """
 
 from typing import Any, Protocol
@@ -44,8 +44,8 @@ def experts_forward(
         return handle(module, hidden_states, top_k_index, top_k_weights)
     if next(module.parameters(recurse=False), None) is None:
         raise RuntimeError(
-            f"{type(module).__name__} has neither weights nor an engine: the model was copied or moved apart from the one "
-            "that moe_offload loaded; load it again"
+            f"{type(module).__name__} has neither weights nor an engine: the model was copied or moved apart "
+            "from the one that moe_offload loaded; load it again"
         )
     result: torch.Tensor = grouped_mm_experts_forward(
         module, hidden_states, top_k_index, top_k_weights, *args, **kwargs
@@ -54,7 +54,9 @@ def experts_forward(
 
 
 def attach_handle(module: nn.Module, handle: ExpertsHandle) -> None:
-    """Let `handle` run this module. nn.Module's own attribute machinery is bypassed: a handle is no part of the model."""
+    """Let `handle` run this module. nn.Module's own attribute machinery is bypassed: a handle is no part of the
+    model.
+    """
     module.__dict__[HANDLE] = handle
 
 

@@ -19,8 +19,8 @@ def check_loaded_weights(
 ) -> None:
     """Raise CheckpointError for a tensor whose shape or dtype is not that of its parameter.
 
-    `model` is the skeleton on meta, `experts` the keys that are not loaded. Of a `quantised` checkpoint the encoded tensors
-    are left to its own quantizer.
+    `model` is the skeleton on meta, `experts` the keys that are not loaded. Of a `quantised` checkpoint the encoded
+    tensors are left to its own quantizer.
     """
     resolve = KeyResolver(model)
     wanted = model.state_dict()

@@ -1,9 +1,9 @@
 """The header of a safetensors file, read with every claim checked before anyone relies on it.
 
 Format (https://huggingface.co/docs/safetensors): 8 bytes little-endian header length N, then N bytes of JSON
-`{name: {"dtype", "shape", "data_offsets": [begin, end]}}`, then the data; offsets count from the end of the header. Kernels later
-read at `address + offset` without a bounds check of their own, so a header that lies must die here: offsets must lie in the file,
-agree with shape times item size, and tile the data without overlap or hole.
+`{name: {"dtype", "shape", "data_offsets": [begin, end]}}`, then the data; offsets count from the end of the header.
+Kernels later read at `address + offset` without a bounds check of their own, so a header that lies must die here:
+offsets must lie in the file, agree with shape times item size, and tile the data without overlap or hole.
 """
 
 import json
@@ -50,7 +50,9 @@ class TensorRecord:
 
 
 def read_header(path: Path) -> dict[str, TensorRecord]:
-    """All tensors of the safetensors file at `path`, by name. Raises CheckpointError for whatever is wrong with the file."""
+    """All tensors of the safetensors file at `path`, by name. Raises CheckpointError for whatever is wrong with the
+    file.
+    """
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -58,18 +60,14 @@ def read_header(path: Path) -> dict[str, TensorRecord]:
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
     header.pop("__metadata__", None)
-    records = {
-        name: _record(path, name, entry, data_start, size - data_start) for name, entry in header.items()
-    }
+    records = {name: _record(path, name, entry, data_start, size - data_start) for name, entry in header.items()}
     _check_tiling(path, records, data_start, size)
     return records
 
 
 def _parse_json(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
     if size < 8:
-        raise CheckpointError(
-            f"{path} has {size} bytes, too few for a safetensors file: download it again"
-        )
+        raise CheckpointError(f"{path} has {size} bytes, too few for a safetensors file: download it again")
     length = int.from_bytes(file.read(8), "little")
     if length > min(size - 8, MAX_HEADER_BYTES):
         raise CheckpointError(
@@ -104,23 +102,20 @@ def _record(path: Path, name: str, entry: Any, data_start: int, data_size: int) 
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise CheckpointError(f"{where} has dtype {_shown(dtype)}; known are {', '.join(DTYPE_BITS)}")
     if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(_is_count(n) for n in shape):
-        raise CheckpointError(
-            f"{where} has shape {_shown(shape)}, not a list of at most {MAX_DIMENSIONS} sizes"
-        )
+        raise CheckpointError(f"{where} has shape {_shown(shape)}, not a list of at most {MAX_DIMENSIONS} sizes")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(n) for n in offsets):
         raise CheckpointError(f"{where} has data_offsets {_shown(offsets)}, not [begin, end]")
     begin, end = offsets
     if not begin <= end <= data_size:
         raise CheckpointError(
-            f"{where} claims bytes {begin}..{end}, but the file has {data_size} bytes of data: it is truncated or damaged, "
-            "download it again"
+            f"{where} claims bytes {begin}..{end}, but the file has {data_size} bytes of data: "
+            "it is truncated or damaged, download it again"
         )
     # Python's integers do not overflow, so a product of huge sizes cannot wrap around to a plausible one.
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if bits != (end - begin) * 8:
         raise CheckpointError(
-            f"{where} of shape {_shown(shape)} in {dtype} needs {bits // 8} bytes, but its offsets span "
-            f"{end - begin}"
+            f"{where} of shape {_shown(shape)} in {dtype} needs {bits // 8} bytes, but its offsets span {end - begin}"
         )
     return TensorRecord(name, dtype, tuple(shape), path, data_start + begin, end - begin)
 

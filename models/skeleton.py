@@ -9,7 +9,8 @@ Protocol, inside one `from_pretrained`:
    model with the experts hidden, so that it rewrites everything but them, and handles the rest of the weights.
 3. transformers calls `_process_model_after_weight_loading`. The subclass attaches its engine to the experts modules.
 
-`Skeleton.restore` is the inverse: it puts parameters, classes and configuration back as a plain load would have left them.
+`Skeleton.restore` is the inverse: it puts parameters, classes and configuration back as a plain load would have
+left them.
 """
 
 from abc import abstractmethod
@@ -203,12 +204,12 @@ class SkeletonQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 def inner_quantizer(config: dict[str, Any]) -> HfQuantizer:
-    """transformers' own quantizer for what is not an expert, dequantising: old cards and CPUs have no FP8 or FP4 linears."""
+    """transformers' own quantizer for what is not an expert, dequantising: old cards and CPUs have no FP8 or FP4
+    linears.
+    """
     method = config.get("quant_method")
     if method not in INNER_METHODS:
-        raise UnsupportedModelError(
-            f"the checkpoint is quantised with {method!r}; supported are {SUPPORTED_FORMATS}"
-        )
+        raise UnsupportedModelError(f"the checkpoint is quantised with {method!r}; supported are {SUPPORTED_FORMATS}")
     return AutoHfQuantizer.from_config(
         AutoQuantizationConfig.from_dict({**config, "dequantize": True}), pre_quantized=True
     )

@@ -1,7 +1,8 @@
 """`MoeSpec`: what the engine needs to know about a model, read once from its Hugging Face configuration.
 
-The figures come from the architecture's own modules, built without weights, so that no list of model types has to be kept: which
-layers have experts, their shapes and activation, and the parameter counts are those of the real model.
+The figures come from the architecture's own modules, built without weights, so that no list of model types has to
+be kept: which layers have experts, their shapes and activation, and the parameter counts are those of the real
+model.
 """
 
 import re
@@ -18,8 +19,8 @@ from moe_offload.models.activation import probe_gate
 from moe_offload.models.adapters import find_experts
 from moe_offload.models.errors import UnsupportedModelError
 
-# Bits per weight, scales included. int8 and int4: groups of 32 with an f16 scale; mxfp4: groups of 32 with an 8-bit scale;
-# fp8: blocks of 128 x 128 with an f32 scale, whose share is below 0.01 bit.
+# Bits per weight, scales included. int8 and int4: groups of 32 with an f16 scale; mxfp4: groups of 32 with an 8-bit
+# scale; fp8: blocks of 128 x 128 with an f32 scale, whose share is below 0.01 bit.
 BITS_PER_WEIGHT: Mapping[str, float] = {
     "f32": 32,
     "bf16": 16,
@@ -30,7 +31,15 @@ BITS_PER_WEIGHT: Mapping[str, float] = {
     "mxfp4": 4.25,
 }
 
-_TOP_K_NAMES = ("top_k", "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
+_TOP_K_NAMES = (
+    "top_k",
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_topk",
+    "moe_top_k",
+    "moe_k",
+    "top_k_experts",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,17 +110,15 @@ class MoeSpec:
     def from_hf(cls, config: PreTrainedConfig, model: PreTrainedModel | None = None) -> "MoeSpec":
         """Read the specification from a Hugging Face configuration.
 
-        `model` is the architecture's skeleton where the caller has it already (on meta, expert parameters in place); it is
-        built from `config` otherwise. No weight is read or allocated.
+        `model` is the architecture's skeleton where the caller has it already (on meta, expert parameters in
+        place); it is built from `config` otherwise. No weight is read or allocated.
 
         Raises UnsupportedModelError when the architecture has no routed experts that the engine can run.
         """
         if model is None:
             model = build_skeleton(config)
         found = find_experts(model)
-        layers = tuple(
-            _layer_spec(path, model, experts) for path, experts in found.items()
-        )
+        layers = tuple(_layer_spec(path, model, experts) for path, experts in found.items())
         matrices = {
             id(p)
             for module in found.values()

@@ -26,7 +26,8 @@ METHOD = "moe_offload"
 
 @register_quantization_config(METHOD)
 class MoeOffloadConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """Load a model with its experts left in the checkpoint: `from_pretrained(path, quantization_config=MoeOffloadConfig())`.
+    """Load a model with its experts left in the checkpoint: `from_pretrained(path,
+    quantization_config=MoeOffloadConfig())`.
 
     Parameters are those of `Options`. `inner` is the configuration of a checkpoint that is quantised already, as in its
     config.json; `moe_offload.load` fills it in. `progress` is called while kernels are compiled.
@@ -73,8 +74,7 @@ class MoeOffloadQuantizer(SkeletonQuantizer):
         stored = sorted({each.format for each in weights.values()})
         if options.weights != "auto" and stored != [options.weights]:
             raise OptionError(
-                f"weights={options.weights!r}, but the experts are stored as {', '.join(stored)}: "
-                "give that, or 'auto'"
+                f"weights={options.weights!r}, but the experts are stored as {', '.join(stored)}: give that, or 'auto'"
             )
         expert_keys = set().union(*(each.keys for each in weights.values()))
         others = [record for name, record in checkpoint.records.items() if name not in expert_keys]

@@ -67,9 +67,7 @@ class CpuLayer:
         self.gemm_rows = gemm_rows
         self.table = _address_table(weights, checkpoint) if kernel is not None else None
 
-    def __call__(
-        self, module: nn.Module, groups: Groups, hidden_states: torch.Tensor, out: torch.Tensor
-    ) -> int:
+    def __call__(self, module: nn.Module, groups: Groups, hidden_states: torch.Tensor, out: torch.Tensor) -> int:
         """Add the experts' rows to `out` [T, H] f32. hidden_states [T, H] on the CPU. Returns the experts torch ran."""
         if self.kernel is None or self.table is None:
             self._run_torch(module, groups, hidden_states, out)
@@ -86,9 +84,7 @@ class CpuLayer:
             self._run_torch(module, groups.select(many), hidden_states, out)
         return by_torch
 
-    def _run_torch(
-        self, module: nn.Module, groups: Groups, hidden_states: torch.Tensor, out: torch.Tensor
-    ) -> None:
+    def _run_torch(self, module: nn.Module, groups: Groups, hidden_states: torch.Tensor, out: torch.Tensor) -> None:
         tokens = torch.from_numpy(groups.tokens)
         row_weights = torch.from_numpy(groups.weights)
         for position, expert in enumerate(groups.experts.tolist()):
@@ -118,9 +114,7 @@ class CpuLayer:
             result = module.post_expert_norm(result)  # type: ignore[operator]
         return result
 
-    def _project(
-        self, rows: torch.Tensor, matrix: MatrixSet, bias: MatrixSet | None, expert: int
-    ) -> torch.Tensor:
+    def _project(self, rows: torch.Tensor, matrix: MatrixSet, bias: MatrixSet | None, expert: int) -> torch.Tensor:
         weight = read_matrix(matrix, self.weights.format, self.checkpoint, expert, rows.dtype)
         vector = None if bias is None else bias.view(self.checkpoint, expert).to(rows.dtype)
         return functional.linear(rows, weight, vector)

@@ -143,7 +143,8 @@ class Engine:
         return out.to(hidden_states.device, hidden_states.dtype)
 
     def detach(self) -> PreTrainedModel:
-        """Give the model back as a plain load would have made it: expert weights copied into parameters, no trace of the engine.
+        """Give the model back as a plain load would have made it: expert weights copied into parameters, no trace
+        of the engine.
 
         Raises NotEnoughMemoryError when the expert weights do not fit in memory.
         """
@@ -162,7 +163,9 @@ class Engine:
         return model
 
     def close(self) -> None:
-        """Stop the threads and unmap the checkpoint. The model cannot run its experts afterwards. Harmless when done twice."""
+        """Stop the threads and unmap the checkpoint. The model cannot run its experts afterwards. Harmless when
+        done twice.
+        """
         if self._closed:
             return
         self._closed = True
@@ -207,12 +210,15 @@ class _LayerHandle:
 
     def __reduce__(self) -> Any:
         raise TypeError(
-            "a model loaded by moe_offload cannot be pickled: its experts are mapped files; load it again in the other process"
+            "a model loaded by moe_offload cannot be pickled: its experts are mapped files; "
+            "load it again in the other process"
         )
 
 
 class _NoBackward(torch.autograd.Function):
-    """The experts inside a graph that records gradients: forward as usual, backward refused instead of silently wrong."""
+    """The experts inside a graph that records gradients: forward as usual, backward refused instead of silently
+    wrong.
+    """
 
     @staticmethod
     def forward(ctx: Any, engine: Engine, *args: Any) -> torch.Tensor:
@@ -220,7 +226,9 @@ class _NoBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError("moe_offload runs inference only: its experts have no gradient; load with transformers to train")
+        raise RuntimeError(
+            "moe_offload runs inference only: its experts have no gradient; load with transformers to train"
+        )
 
 
 def _make_team(threads: int) -> Team:

@@ -44,8 +44,8 @@ def require_memory(needed: int, limit: int | None, what: str) -> None:
         )
     if needed > available:
         raise NotEnoughMemoryError(
-            f"{what} need {format_bytes(needed)} of memory, but {format_bytes(available)} are free: stop other programs, "
-            "or take a smaller model"
+            f"{what} need {format_bytes(needed)} of memory, but {format_bytes(available)} are free: "
+            "stop other programs, or take a smaller model"
         )
 
 

@@ -114,9 +114,7 @@ def test_held_out_loss_beats_the_5_gram(model: Any, held_out: torch.Tensor) -> N
 
 
 @torch.no_grad()
-def test_routing_uses_all_experts_and_depends_on_the_token(
-    model: Any, held_out: torch.Tensor
-) -> None:
+def test_routing_uses_all_experts_and_depends_on_the_token(model: Any, held_out: torch.Tensor) -> None:
     experts = model.config.num_experts
     output = model(held_out, output_router_logits=True)
     for logits in output.router_logits:
@@ -139,8 +137,6 @@ def test_a_chat_reply_is_a_function(model: Any) -> None:
 
 
 def _chat_ids(history: list[dict[str, str]], add_generation_prompt: bool) -> list[int]:
-    text = TOKENIZER.apply_chat_template(
-        history, tokenize=False, add_generation_prompt=add_generation_prompt
-    )
+    text = TOKENIZER.apply_chat_template(history, tokenize=False, add_generation_prompt=add_generation_prompt)
     ids: list[int] = TOKENIZER(text, add_special_tokens=False)["input_ids"]
     return ids

@@ -1,4 +1,6 @@
-"""generate() and its relatives behave as with transformers itself: token for token, in float32, against eager experts."""
+"""generate() and its relatives behave as with transformers itself: token for token, in float32, against eager
+experts.
+"""
 
 import threading
 from pathlib import Path

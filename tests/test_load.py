@@ -199,7 +199,9 @@ def test_a_missing_tensor_is_refused_not_invented(folder: Path, tmp_path: Path) 
     del tensors["model.layers.1.self_attn.q_proj.weight"]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
-    with pytest.raises(moe_offload.CheckpointError, match="1 tensors are missing, such as 'model.layers.1.self_attn.q_proj"):
+    with pytest.raises(
+        moe_offload.CheckpointError, match="1 tensors are missing, such as 'model.layers.1.self_attn.q_proj"
+    ):
         moe_offload.load(tmp_path)
 
 

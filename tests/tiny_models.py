@@ -1,6 +1,7 @@
 """Tiny random checkpoints of every MoE architecture that this transformers can build from a configuration.
 
-Real Hugging Face checkpoints: built from a config, saved with `save_pretrained`, to be loaded from disk through the public path.
+Real Hugging Face checkpoints: built from a config, saved with `save_pretrained`, to be loaded from disk through the
+public path.
 """
 
 import importlib
@@ -24,7 +25,9 @@ _COMMON: dict[str, Any] = dict(
 )  # fmt: skip
 
 _LINEAR = dict(layer_types=["linear_attention", "full_attention", "linear_attention"])
-_DELTA = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8, **_LINEAR)
+_DELTA = dict(
+    linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8, **_LINEAR
+)
 _MLA = dict(num_key_value_heads=4)
 _INDEXED = dict(index_n_heads=2, index_head_dim=16, index_topk=4, **_MLA)
 

@@ -108,7 +108,8 @@ def make_experts(
         return int(room.ctypes.data) + start
 
     def draw(*shape: int) -> NDArray[np.float32]:
-        return (rng.standard_normal(shape) / np.sqrt(shape[-1])).astype(np.float32)
+        values: NDArray[np.float32] = (rng.standard_normal(shape) / np.sqrt(shape[-1])).astype(np.float32)
+        return values
 
     table = np.zeros((count, 6), np.int64)
     gates, ups, downs = np.zeros((count, inner, hidden)), [], []

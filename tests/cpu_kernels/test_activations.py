@@ -2,9 +2,9 @@ from typing import get_args
 
 import numpy as np
 import pytest
-from numba import njit
 
 from moe_offload.cpu_kernels.activations import make_activate
+from moe_offload.cpu_kernels.jit import native
 from moe_offload.cpu_kernels.layout import GATED_ONLY, Activation, ActivationKind
 from moe_offload.cpu_kernels.target import current_target
 from tests.cpu_kernels.expert_cases import activate as reference
@@ -19,14 +19,14 @@ def test_activation(kind: ActivationKind, gated: bool) -> None:
     activation = Activation(kind, limit=LIMITS.get(kind, np.inf))
     intrinsic = make_activate(kind, gated, 1, current_target().lanes)
 
-    @njit
+    @native
     def run(g: int, u: int, h: int, n: int, alpha: float, limit: float) -> None:
         intrinsic(g, u, h, n, np.float32(alpha), np.float32(limit))
 
     rng = np.random.default_rng(0)
     special = [0.0, -0.0, 1e-30, -1e-30, 80.0, -80.0, 88.6, -88.6, 89.0, -104.0, 1e4, -1e4]
     gate = np.concatenate([rng.standard_normal(190) * 4, special]).astype(np.float32)
-    gate = np.concatenate([gate, np.float32([np.nan, np.inf, -np.inf])])
+    gate = np.concatenate([gate, np.array([np.nan, np.inf, -np.inf], np.float32)])
     up = rng.standard_normal(gate.size).astype(np.float32)
     for n in (0, 1, 15, 16, 17, gate.size):
         out = np.full(gate.size, -7, np.float32)

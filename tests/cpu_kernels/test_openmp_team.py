@@ -14,7 +14,7 @@ from moe_offload.cpu_kernels import Activation, ExpertKernel, ExpertLayout, Open
 from moe_offload.cpu_kernels.grouping import group_tokens
 from moe_offload.cpu_kernels.openmp_team import find_openmp_runtime
 
-H, I, E, T = 96, 64, 8, 5
+H, INNER, E, T = 96, 64, 8, 5
 
 torch.ones(1 << 16).sum()  # whatever torch loads on first use is loaded now
 RUNTIME = find_openmp_runtime()
@@ -23,14 +23,14 @@ needs_runtime = pytest.mark.skipif(RUNTIME is None, reason="this torch has no Op
 
 def run(team: Team) -> NDArray[np.float32]:
     random = np.random.default_rng(0)
-    weights = [random.standard_normal((E, *shape)).astype(np.float32) for shape in ((I, H), (I, H), (H, I))]
+    weights = [random.standard_normal((E, *shape)).astype(np.float32) for shape in ((INNER, H), (INNER, H), (H, INNER))]
     table = np.zeros((E, 6), np.int64)
     for column, matrix in enumerate(weights):
         table[:, column] = [matrix[e].ctypes.data for e in range(E)]
     index = random.integers(0, E, (T, 2))
     groups = group_tokens(index, np.ones((T, 2), np.float32), E)
     out = np.zeros((T, H), np.float32)
-    kernel = ExpertKernel(ExpertLayout(H, I, "f32"), Activation("silu"))
+    kernel = ExpertKernel(ExpertLayout(H, INNER, "f32"), Activation("silu"))
     kernel(table, groups, random.standard_normal((T, H)).astype(np.float32), out, team)
     return out
 
@@ -82,7 +82,9 @@ def test_a_team_needs_a_thread() -> None:
 def test_runtime_is_found_by_name(tmp_path: Path) -> None:
     maps = tmp_path / "maps"
     row = "7f00-7f01 r-xp 00000000 fe:00 1 {}\n"
-    maps.write_text(row.format("/usr/lib/libgomp.so.1") + row.format("/x/torch/lib/libgomp.so.1") + row.format("/x/libc.so"))
+    maps.write_text(
+        row.format("/usr/lib/libgomp.so.1") + row.format("/x/torch/lib/libgomp.so.1") + row.format("/x/libc.so")
+    )
     assert find_openmp_runtime(maps) == "/x/torch/lib/libgomp.so.1"
     maps.write_text(row.format("/usr/lib/libc.so.6"))
     assert find_openmp_runtime(maps) is None

@@ -3,6 +3,7 @@ import sys
 import textwrap
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +27,9 @@ def _count(thread: int, args: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def job() -> int:
-    global _kept
-    _kept = compile_job(_count, "void(int64,int64)", "test_team")
-    return int(_kept.address)
+def job() -> Iterator[int]:
+    compiled = compile_job(_count, "void(int64,int64)", "test_team")
+    yield int(compiled.address)  # the machine code lives as long as `compiled`
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])

@@ -1,10 +1,11 @@
 """Every supported architecture: the same logits and the same greedy tokens as transformers' eager experts.
 
-Tolerance in float32: 5e-5 of the largest logit. Both sides add the same products in f32, in another order; over K + 2 sums of at
-most 48 terms that is some 1e-6 at a layer, and the models with linear attention carry it through a recurrence.
+Tolerance in float32: 5e-5 of the largest logit. Both sides add the same products in f32, in another order; over K +
+2 sums of at most 48 terms that is some 1e-6 at a layer, and the models with linear attention carry it through a
+recurrence.
 
-In bf16 and f16 eager rounds after every step and the engine only once per layer, so they differ by design. There the yardstick
-is the same checkpoint computed in float32: the engine must not be further from it than eager is.
+In bf16 and f16 eager rounds after every step and the engine only once per layer, so they differ by design. There
+the yardstick is the same checkpoint computed in float32: the engine must not be further from it than eager is.
 """
 
 from pathlib import Path
@@ -25,7 +26,16 @@ F32_TOLERANCE = 5e-5
 HEADLESS = ("qwen3_vl_moe_text", "muse_spark_text", "minimax_m3_vl_text", "openai_privacy_filter")
 
 # One for each way weights lie on disk and each kind of kernel.
-LOW_PRECISION = ("qwen3_moe", "mixtral", "gpt_oss", "aria_text", "nemotron_h", "gemma4_text", "deepseek_v2", "llama4_text")
+LOW_PRECISION = (
+    "qwen3_moe",
+    "mixtral",
+    "gpt_oss",
+    "aria_text",
+    "nemotron_h",
+    "gemma4_text",
+    "deepseek_v2",
+    "llama4_text",
+)
 
 
 def load_reference(folder: Path, ours: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -127,7 +137,9 @@ def test_gemm_and_kernel_agree(checkpoint: Checkpoints) -> None:
 def test_a_dense_model_is_refused(tmp_path: Path) -> None:
     from transformers import LlamaConfig
 
-    config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(moe_offload.UnsupportedModelError, match="dense model.*supported is"):
         moe_offload.load(tmp_path)
@@ -151,7 +163,8 @@ def _small(model_type: str) -> "object":
         )  # fmt: skip
     return DbrxConfig(
         vocab_size=64, d_model=16, n_heads=2, n_layers=1, max_seq_len=64,
-        ffn_config=dict(ffn_hidden_size=16, moe_num_experts=4, moe_top_k=2), attn_config=dict(kv_n_heads=1, rope_theta=10000.0),
+        ffn_config=dict(ffn_hidden_size=16, moe_num_experts=4, moe_top_k=2),
+        attn_config=dict(kv_n_heads=1, rope_theta=10000.0),
     )  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 """Checkpoints that are quantised already: FP8 in blocks and MXFP4, against transformers' own dequantising load.
 
-The dequantised weights must be equal bit for bit (shown by detaching). Logits are compared in bf16, the only dtype in which
-transformers runs both: a rounding (2^-8) a layer, and now and then one that moves a token to another expert on either side, so the
-mean counts: 2 % of the mean logit.
+The dequantised weights must be equal bit for bit (shown by detaching). Logits are compared in bf16, the only dtype
+in which transformers runs both: a rounding (2^-8) a layer, and now and then one that moves a token to another
+expert on either side, so the mean counts: 2 % of the mean logit.
 """
 
 import json
