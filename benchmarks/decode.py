@@ -9,7 +9,7 @@ first, and the fastest goes on to the rounds.
 import time
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import transformers
@@ -22,33 +22,49 @@ import moe_offload
 from benchmarks.random_checkpoint import make_checkpoint
 from benchmarks.reporting import WORK, progress, spread, write_result
 from moe_offload.cpu_kernels import ThreadTeam, measure_read_bandwidth
+from moe_offload.statistics import Counts, Statistics
 
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 
 
 class Clock(BaseStreamer):  # type: ignore[misc]
-    """Notes when each generated token comes."""
+    """Notes when each generated token comes, and what the engine had counted by then."""
 
-    def __init__(self) -> None:
+    def __init__(self, statistics: Statistics | None) -> None:
+        self.statistics = statistics
         self.times: list[float] = []
+        self.counts: list[Counts] = []
 
     def put(self, value: torch.Tensor) -> None:
         self.times.append(time.perf_counter())
+        if self.statistics is not None:
+            self.counts.append(self.statistics.snapshot())
 
     def end(self) -> None:
         pass
 
 
-def generate(model: Any, ids: torch.Tensor, new_tokens: int) -> tuple[float, float]:
-    """Seconds to the first token, and median seconds per later token."""
-    clock = Clock()
+class Run(NamedTuple):
+    """One generation: seconds to the first token, median seconds of a later one, experts' GB/s in the later ones."""
+
+    first: float
+    each: float
+    expert_gb_per_s: float
+
+
+def generate(model: Any, ids: torch.Tensor, new_tokens: int) -> Run:
+    """Generate `new_tokens` tokens greedily; the first is timed apart."""
+    engine = getattr(model, "offload", None)
+    clock = Clock(engine.statistics if engine is not None else None)
     started = time.perf_counter()
     model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, min_new_tokens=new_tokens,
         do_sample=False, streamer=clock,
     )  # fmt: skip
     times = clock.times[1:]  # the first put is the prompt
-    return times[0] - started, median(b - a for a, b in zip(times, times[1:], strict=False))
+    decode = clock.counts[-1] - clock.counts[1] if clock.counts else Counts()
+    each = median(b - a for a, b in zip(times, times[1:], strict=False))
+    return Run(times[0] - started, each, decode.gigabytes_per_second)
 
 
 def main(
@@ -75,24 +91,21 @@ def main(
         progress(f"warming up transformers with {name}")
         reference.set_experts_implementation(name)
         generate(reference, ids, 3)
-        tried[name] = generate(reference, ids, max(4, new_tokens // 3))[1]
+        tried[name] = generate(reference, ids, max(4, new_tokens // 3)).each
     fastest = min(tried, key=tried.__getitem__)
     reference.set_experts_implementation(fastest)
     generate(ours, ids, new_tokens)
 
     team = ThreadTeam(ours.offload.threads)
-    series: dict[str, list[tuple[float, float]]] = {"moe_offload": [], f"transformers {fastest}": []}
-    limits, achieved = [], []
+    series: dict[str, list[Run]] = {"moe_offload": [], f"transformers {fastest}": []}
+    limits = []
     for number in range(rounds):
         progress(f"round {number + 1} of {rounds}")
         limits.append(measure_read_bandwidth(team, seconds=0.5))
-        before = ours.offload.statistics.snapshot()
         series["moe_offload"].append(generate(ours, ids, new_tokens))
-        counts = ours.offload.statistics.snapshot() - before
-        prefill = _prefill_counts(ours, ids)
-        achieved.append((counts - prefill).gigabytes_per_second)
         series[f"transformers {fastest}"].append(generate(reference, ids, new_tokens))
 
+    achieved = [run.expert_gb_per_s for run in series["moe_offload"]]
     limit, experts = median(limits), median(achieved)
     table = Table(
         "", "prefill t/s", "decode t/s", title=f"{prompt_tokens} prompt tokens, {new_tokens} new, batch 1, bf16"
@@ -100,8 +113,8 @@ def main(
     rows: dict[str, Any] = {}
     for name, found in series.items():
         rows[name] = {
-            "prefill_tokens_per_s": spread([prompt_tokens / first for first, _ in found]),
-            "decode_tokens_per_s": spread([1 / each for _, each in found]),
+            "prefill_tokens_per_s": spread([prompt_tokens / run.first for run in found]),
+            "decode_tokens_per_s": spread([1 / run.each for run in found]),
         }
         table.add_row(name, *(f"{rows[name][key]['median']:.1f}" for key in rows[name]))
     console = Console()
@@ -125,14 +138,6 @@ def main(
                 "expert_gb_per_s": spread(achieved), "share_of_limit": experts / limit, "ratios": ratios, **rows,
             },
         )  # fmt: skip
-
-
-def _prefill_counts(model: Any, ids: torch.Tensor) -> Any:
-    """What the prompt alone adds to the statistics."""
-    before = model.offload.statistics.snapshot()
-    with torch.no_grad():
-        model(ids, logits_to_keep=1)
-    return model.offload.statistics.snapshot() - before
 
 
 if __name__ == "__main__":

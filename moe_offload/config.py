@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from moe_offload.engine import Engine, Progress
+from moe_offload.engine import Engine
 from moe_offload.memory import require_memory
 from moe_offload.models import experts_function
 from moe_offload.models.checkpoint import Checkpoint
@@ -19,7 +19,7 @@ from moe_offload.models.errors import OptionError
 from moe_offload.models.expert_weights import ExpertWeights
 from moe_offload.models.skeleton import Skeleton, SkeletonQuantizer
 from moe_offload.models.spec import MoeSpec
-from moe_offload.options import Options, Weights
+from moe_offload.options import Options, Progress, Weights
 
 METHOD = "moe_offload"
 

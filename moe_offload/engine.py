@@ -9,41 +9,24 @@ A call comes from transformers, layer by layer, possibly from several threads (c
 `model.offload` is the engine. `detach()` gives the model back as a plain load would have made it, `close()` ends it.
 """
 
-import logging
+import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from moe_offload.cpu_kernels.experts import ExpertKernel, warm_up
 from moe_offload.cpu_kernels.grouping import group_tokens
-from moe_offload.cpu_kernels.layout import Activation, ExpertLayout
-from moe_offload.cpu_kernels.openmp_team import OpenMPTeam, find_openmp_runtime
 from moe_offload.cpu_kernels.processors import default_threads
-from moe_offload.cpu_kernels.target import current_target
-from moe_offload.cpu_kernels.team import Team, ThreadTeam
-from moe_offload.cpu_layer import NEVER, CpuLayer, kernel_layout
+from moe_offload.cpu_layer import CpuLayer
+from moe_offload.cpu_setup import gemm_crossover, make_kernels, make_team
 from moe_offload.memory import require_memory
-from moe_offload.models.expert_weights import WeightFormat
 from moe_offload.models.experts_function import attach_handle, detach_handle
 from moe_offload.models.skeleton import Skeleton
 from moe_offload.models.spec import MoeSpec
-from moe_offload.options import Options
+from moe_offload.options import Options, Progress
 from moe_offload.statistics import Statistics
-
-logger = logging.getLogger(__name__)
-
-# Called with what is being done, how much of it is done, and how much there is.
-Progress = Callable[[str, int, int], None]
-
-# Tokens per expert where torch's bf16 GEMM overtakes the kernels on a CPU with bf16 instructions (1.4 times as slow at
-# 16, 1.4 times as fast at 32: benchmarks/results/cpu_experts.json). Without such instructions, and for f16 and f32, the
-# kernels stay ahead.
-GEMM_ROWS = 24
-BF16_FEATURES = ("+avx512bf16", "+amx-bf16")
 
 
 class Engine:
@@ -63,8 +46,11 @@ class Engine:
         self._model = model
         self._dtype = dtype
         self._closed = False
-        self._team = _make_team(options.threads or default_threads())
-        kernels = _make_kernels(skeleton, progress)
+        # Calls in flight: the files they read must stay mapped until the last of them is through.
+        self._gate = threading.Condition()
+        self._calls = 0
+        self._team = make_team(options.threads or default_threads())
+        kernels = make_kernels(skeleton, progress)
         self._layers = {
             layer.path: CpuLayer(
                 layer,
@@ -72,7 +58,7 @@ class Engine:
                 skeleton.checkpoint,
                 kernels[layer.path],
                 self._team,
-                options.gemm_rows or _gemm_rows(skeleton.weights[layer.path].format),
+                options.gemm_rows or gemm_crossover(skeleton.weights[layer.path].format),
             )
             for layer in skeleton.spec.layers
         }
@@ -108,8 +94,28 @@ class Engine:
         top_k_weights: torch.Tensor,
     ) -> torch.Tensor:
         """The routed experts of one layer: [T, H] in, [T, H] out, in the input's dtype and on its device."""
+        with self._gate:
+            self._require_open()
+            self._calls += 1
+        try:
+            return self._dispatch(layer, module, hidden_states, top_k_index, top_k_weights)
+        finally:
+            with self._gate:
+                self._calls -= 1
+                self._gate.notify_all()
+
+    def _require_open(self) -> None:
         if self._closed:
             raise RuntimeError("this model's engine was closed; load the model again")
+
+    def _dispatch(
+        self,
+        layer: CpuLayer,
+        module: nn.Module,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+    ) -> torch.Tensor:
         if hidden_states.requires_grad and torch.is_grad_enabled():
             result: torch.Tensor = _NoBackward.apply(self, layer, module, hidden_states, top_k_index, top_k_weights)  # type: ignore[no-untyped-call]
             return result
@@ -148,8 +154,7 @@ class Engine:
 
         Raises NotEnoughMemoryError when the expert weights do not fit in memory.
         """
-        if self._closed:
-            raise RuntimeError("this model's engine was closed; load the model again")
+        self._require_open()
         model = self._model
         experts = self.spec.expert_params * self._dtype.itemsize
         require_memory(experts, self.options.memory_limit, "the expert weights of the detached model")
@@ -163,12 +168,15 @@ class Engine:
         return model
 
     def close(self) -> None:
-        """Stop the threads and unmap the checkpoint. The model cannot run its experts afterwards. Harmless when
-        done twice.
+        """Stop the threads and unmap the checkpoint, once calls in flight are through. Harmless when done twice.
+
+        The model cannot run its experts afterwards.
         """
-        if self._closed:
-            return
-        self._closed = True
+        with self._gate:
+            if self._closed:
+                return
+            self._closed = True
+            self._gate.wait_for(lambda: self._calls == 0)
         for path in self._layers:
             detach_handle(self._model.get_submodule(path))
         self._model.__dict__.pop("offload", None)
@@ -229,42 +237,3 @@ class _NoBackward(torch.autograd.Function):
         raise RuntimeError(
             "moe_offload runs inference only: its experts have no gradient; load with transformers to train"
         )
-
-
-def _make_team(threads: int) -> Team:
-    """torch's own threads where they are as many, else a team of ours."""
-    runtime = find_openmp_runtime()
-    if runtime is not None and 1 < threads == torch.get_num_threads():
-        try:
-            return OpenMPTeam(threads, runtime)
-        except (OSError, AttributeError) as error:
-            logger.info("torch's threads cannot be borrowed (%s): the experts get their own", error)
-    return ThreadTeam(threads)
-
-
-def _gemm_rows(weights: WeightFormat) -> int:
-    features = current_target().features
-    return GEMM_ROWS if weights == "bf16" and any(name in features for name in BF16_FEATURES) else NEVER
-
-
-def _make_kernels(skeleton: Skeleton, progress: Progress | None) -> dict[str, ExpertKernel | None]:
-    """One kernel per distinct layout and activation, compiled or taken from the disk cache; None: the torch path."""
-    kernels: dict[tuple[ExpertLayout, Activation], ExpertKernel] = {}
-    by_layer: dict[str, ExpertKernel | None] = {}
-    reasons = set()
-    for spec in skeleton.spec.layers:
-        weights = skeleton.weights[spec.path]
-        layout = kernel_layout(weights)
-        if layout is None or spec.activation is None:
-            what = f"{weights.format} weights" if layout is None else "this architecture's activation"
-            reasons.add(f"no kernel for {what}: these experts run through torch, slower and as exact")
-            by_layer[spec.path] = None
-            continue
-        key = (layout, spec.activation)
-        if key not in kernels:
-            kernels[key] = ExpertKernel(layout, spec.activation)
-        by_layer[spec.path] = kernels[key]
-    for reason in sorted(reasons):
-        logger.warning(reason)
-    warm_up(kernels.values(), progress)
-    return by_layer

@@ -9,12 +9,11 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from moe_offload.config import MoeOffloadConfig
-from moe_offload.engine import Progress
 from moe_offload.model_folder import find_model
 from moe_offload.models.checkpoint import Checkpoint
 from moe_offload.models.errors import CheckpointError, MoeOffloadError, first_line
 from moe_offload.models.spec import model_class
-from moe_offload.options import Weights
+from moe_offload.options import Progress, Weights
 
 
 def load(

@@ -1,9 +1,13 @@
 """The engine's options: decided once at load, frozen, checked here."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from moe_offload.models.errors import OptionError
+
+# Called with what is being done, how much of it is done, and how much there is.
+Progress = Callable[[str, int, int], None]
 
 Weights = Literal["auto", "bf16", "f16", "f32", "fp8", "mxfp4"]
 

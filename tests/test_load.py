@@ -4,6 +4,7 @@ import copy
 import gc
 import json
 import pickle
+import threading
 from pathlib import Path
 
 import psutil
@@ -118,6 +119,33 @@ def test_close_ends_the_engine_and_says_so(folder: Path) -> None:
     assert all(HANDLE not in module.__dict__ for module in model.modules())
     with pytest.raises(RuntimeError, match="load it again"):
         logits(model)
+
+
+def run_until_closed(model: PreTrainedModel, started: threading.Event, problems: list[str]) -> None:
+    while True:
+        try:
+            logits(model)
+        except RuntimeError as error:
+            problems.append(str(error))
+            return
+        started.set()
+
+
+def test_close_waits_for_calls_in_flight(folder: Path) -> None:
+    """A call that still read an unmapped file would kill the process."""
+    for threads in (1, 2):
+        model = moe_offload.load(folder, threads=threads)
+        started = threading.Event()
+        problems: list[str] = []
+        workers = [threading.Thread(target=run_until_closed, args=(model, started, problems)) for _ in range(3)]
+        for worker in workers:
+            worker.start()
+        started.wait(timeout=60)
+        model.offload.close()
+        for worker in workers:
+            worker.join(timeout=60)
+        assert len(problems) == 3
+        assert all("load" in problem and "again" in problem for problem in problems)
 
 
 def test_files_are_unmapped_after_close(folder: Path) -> None:
