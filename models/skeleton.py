@@ -114,8 +114,8 @@ class SkeletonQuantizer(HfQuantizer):  # type: ignore[misc]
         self.skeleton: Skeleton | None = None
 
     @abstractmethod
-    def check(self, spec: MoeSpec, checkpoint: Checkpoint, weights: dict[str, ExpertWeights]) -> None:
-        """Called before anything is loaded; raises what speaks against loading (options, memory)."""
+    def check(self, model: PreTrainedModel, weights: dict[str, ExpertWeights]) -> None:
+        """Called before anything is loaded, with the skeleton of what will be; raises what speaks against loading."""
 
     @abstractmethod
     def attach(self, model: PreTrainedModel, skeleton: Skeleton, dtype: torch.dtype) -> None:
@@ -134,7 +134,6 @@ class SkeletonQuantizer(HfQuantizer):  # type: ignore[misc]
         weights = locate_experts(model, checkpoint, spec)
         experts = set().union(*(each.keys for each in weights.values()))
         check_loaded_weights(model, checkpoint, experts, quantised=self.inner is not None)
-        self.check(spec, checkpoint, weights)
         saved = compat.experts_implementations(model)
         undo = [adapt(model), lambda: compat.restore_experts_implementations(saved)]
         parameters = {}
@@ -145,6 +144,7 @@ class SkeletonQuantizer(HfQuantizer):  # type: ignore[misc]
                 module.register_parameter(name, None)
             # Nothing to initialise: the model's own _init_weights would touch the dropped parameters.
             module._is_hf_initialized = True
+        self.check(model, weights)
         undo.append(compat.ignore_unexpected_keys(model, list(parameters)))
         self.skeleton = Skeleton(spec, checkpoint, weights, parameters, tuple(undo))
         if self.inner is not None:

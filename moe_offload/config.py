@@ -14,11 +14,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from moe_offload.engine import Engine
 from moe_offload.memory import require_memory
 from moe_offload.models import experts_function
-from moe_offload.models.checkpoint import Checkpoint
 from moe_offload.models.errors import OptionError
 from moe_offload.models.expert_weights import ExpertWeights
 from moe_offload.models.skeleton import Skeleton, SkeletonQuantizer
-from moe_offload.models.spec import MoeSpec
 from moe_offload.options import Options, Progress, Weights
 
 METHOD = "moe_offload"
@@ -69,17 +67,14 @@ class MoeOffloadConfig(QuantizationConfigMixin):  # type: ignore[misc]
 class MoeOffloadQuantizer(SkeletonQuantizer):
     """Checks the options against the model, and puts the engine behind its experts."""
 
-    def check(self, spec: MoeSpec, checkpoint: Checkpoint, weights: dict[str, ExpertWeights]) -> None:
+    def check(self, model: PreTrainedModel, weights: dict[str, ExpertWeights]) -> None:
         options: Options = self.quantization_config.options
         stored = sorted({each.format for each in weights.values()})
         if options.weights != "auto" and stored != [options.weights]:
             raise OptionError(
                 f"weights={options.weights!r}, but the experts are stored as {', '.join(stored)}: give that, or 'auto'"
             )
-        expert_keys = set().union(*(each.keys for each in weights.values()))
-        others = [record for name, record in checkpoint.records.items() if name not in expert_keys]
-        # FP8 weights outside of the experts are loaded as 16-bit ones.
-        needed = sum(r.nbytes * (2 if r.dtype.startswith("F8") else 1) for r in others)
+        needed = sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
         require_memory(needed, options.memory_limit, "the non-expert weights")
 
     def attach(self, model: PreTrainedModel, skeleton: Skeleton, dtype: torch.dtype) -> None:

@@ -221,6 +221,15 @@ def test_memory_limit(folder: Path) -> None:
         moe_offload.load(folder, memory_limit=1000)
 
 
+def test_memory_is_counted_in_the_dtype_that_is_loaded(checkpoint: Checkpoints) -> None:
+    folder = checkpoint("qwen3_moe", torch.bfloat16)
+    loaded = moe_offload.load(folder)
+    needed = sum(p.numel() * p.itemsize for p in loaded.parameters())
+    assert moe_offload.load(folder, memory_limit=needed).offload.options.memory_limit == needed
+    with pytest.raises(moe_offload.NotEnoughMemoryError):
+        moe_offload.load(folder, memory_limit=needed, dtype=torch.float32)
+
+
 def test_a_missing_tensor_is_refused_not_invented(folder: Path, tmp_path: Path) -> None:
     """transformers would fill it with random numbers and warn."""
     tensors = {n: t for file in folder.glob("*.safetensors") for n, t in load_file(file).items()}
