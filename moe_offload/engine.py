@@ -11,7 +11,7 @@ A call comes from transformers, layer by layer, possibly from several threads (c
 
 import threading
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -27,6 +27,16 @@ from moe_offload.models.skeleton import Skeleton
 from moe_offload.models.spec import MoeSpec
 from moe_offload.options import Options, Progress
 from moe_offload.statistics import Statistics
+
+
+class LayerCall(NamedTuple):
+    """One MoE layer's work, as transformers gives it: T tokens of width H, each routed to K experts."""
+
+    layer: CpuLayer
+    module: nn.Module
+    hidden_states: torch.Tensor  # [T, H]
+    top_k_index: torch.Tensor  # [T, K] int64
+    top_k_weights: torch.Tensor  # [T, K]
 
 
 class Engine:
@@ -85,20 +95,16 @@ class Engine:
         """Whether `close()` or `detach()` has been called."""
         return self._closed
 
-    def run(
-        self,
-        layer: CpuLayer,
-        module: nn.Module,
-        hidden_states: torch.Tensor,
-        top_k_index: torch.Tensor,
-        top_k_weights: torch.Tensor,
-    ) -> torch.Tensor:
+    def run(self, call: LayerCall) -> torch.Tensor:
         """The routed experts of one layer: [T, H] in, [T, H] out, in the input's dtype and on its device."""
         with self._gate:
             self._require_open()
             self._calls += 1
         try:
-            return self._dispatch(layer, module, hidden_states, top_k_index, top_k_weights)
+            if call.hidden_states.requires_grad and torch.is_grad_enabled():
+                result: torch.Tensor = _NoBackward.apply(call.hidden_states, self, call)  # type: ignore[no-untyped-call]
+                return result
+            return self._run(call)
         finally:
             with self._gate:
                 self._calls -= 1
@@ -108,36 +114,17 @@ class Engine:
         if self._closed:
             raise RuntimeError("this model's engine was closed; load the model again")
 
-    def _dispatch(
-        self,
-        layer: CpuLayer,
-        module: nn.Module,
-        hidden_states: torch.Tensor,
-        top_k_index: torch.Tensor,
-        top_k_weights: torch.Tensor,
-    ) -> torch.Tensor:
-        if hidden_states.requires_grad and torch.is_grad_enabled():
-            result: torch.Tensor = _NoBackward.apply(self, layer, module, hidden_states, top_k_index, top_k_weights)  # type: ignore[no-untyped-call]
-            return result
-        return self._run(layer, module, hidden_states, top_k_index, top_k_weights)
-
-    def _run(
-        self,
-        layer: CpuLayer,
-        module: nn.Module,
-        hidden_states: torch.Tensor,
-        top_k_index: torch.Tensor,
-        top_k_weights: torch.Tensor,
-    ) -> torch.Tensor:
+    def _run(self, call: LayerCall) -> torch.Tensor:
         started = time.perf_counter()
+        layer = call.layer
         groups = group_tokens(
-            top_k_index.to("cpu", torch.int64).contiguous().numpy(),
-            top_k_weights.detach().to("cpu", torch.float32).contiguous().numpy(),
+            call.top_k_index.to("cpu", torch.int64).contiguous().numpy(),
+            call.top_k_weights.detach().to("cpu", torch.float32).contiguous().numpy(),
             layer.weights.num_experts,
         )
-        hidden = hidden_states.detach().to("cpu")
+        hidden = call.hidden_states.detach().to("cpu")
         out = torch.zeros(hidden.shape, dtype=torch.float32)
-        by_torch = layer(module, groups, hidden, out)
+        by_torch = layer(call.module, groups, hidden, out)
         experts = len(groups.experts)
         self.statistics.add(
             rows=len(groups.tokens),
@@ -146,7 +133,7 @@ class Engine:
             bytes_read=experts * layer.weights.bytes_per_expert,
             seconds=time.perf_counter() - started,
         )
-        return out.to(hidden_states.device, hidden_states.dtype)
+        return out.to(call.hidden_states.device, call.hidden_states.dtype)
 
     def detach(self) -> PreTrainedModel:
         """Give the model back as a plain load would have made it: expert weights copied into parameters, no trace
@@ -211,7 +198,7 @@ class _LayerHandle:
         top_k_index: torch.Tensor,
         top_k_weights: torch.Tensor,
     ) -> torch.Tensor:
-        return self.engine.run(self.layer, module, hidden_states, top_k_index, top_k_weights)
+        return self.engine.run(LayerCall(self.layer, module, hidden_states, top_k_index, top_k_weights))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_LayerHandle":
         return self
@@ -229,8 +216,8 @@ class _NoBackward(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, engine: Engine, *args: Any) -> torch.Tensor:
-        return engine._run(*args)
+    def forward(ctx: Any, hidden_states: torch.Tensor, engine: Engine, call: LayerCall) -> torch.Tensor:
+        return engine._run(call)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
