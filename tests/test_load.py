@@ -77,6 +77,33 @@ def test_statistics_count_bytes_and_rows(folder: Path) -> None:
     assert (engine.statistics.snapshot() - counts).rows == 0
 
 
+def test_odd_calls_of_an_experts_module(folder: Path) -> None:
+    """No token, an expert twice in a row, sentinels (expert parallelism's "not mine"), rows of weight zero."""
+    ours = moe_offload.load(folder)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", experts_implementation="eager")
+    layer = ours.offload.spec.layers[0]
+    mine, theirs = ours.get_submodule(layer.path), plain.get_submodule(layer.path)
+    hidden = torch.randn(4, layer.hidden_size, generator=torch.Generator().manual_seed(0))
+    twice = torch.tensor([[1, 1], [2, 2], [0, 3], [3, 0]])
+    weights = torch.tensor([[0.3, 0.7], [1.0, 0.0], [0.5, 0.5], [0.0, 0.0]])
+    with torch.no_grad():
+        assert mine(hidden[:0], twice[:0], weights[:0]).shape == (0, layer.hidden_size)
+        torch.testing.assert_close(mine(hidden, twice, weights), theirs(hidden, twice, weights), rtol=1e-5, atol=1e-5)
+        sentinel = torch.where(twice == 3, layer.num_experts, twice)
+        without = torch.where(twice == 3, 0.0, weights)
+        torch.testing.assert_close(mine(hidden, sentinel, weights), mine(hidden, twice, without), rtol=0, atol=0)
+        assert not mine(hidden, torch.full_like(twice, layer.num_experts), weights).any()
+
+
+def test_a_module_with_weights_and_no_engine_runs_as_with_transformers(folder: Path) -> None:
+    """As the experts of a multi-token-prediction head, which transformers loads beside the model, plainly."""
+    moe_offload.load(folder).offload.close()  # the function is registered now
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", experts_implementation="grouped_mm")
+    expected = logits(plain)
+    plain.set_experts_implementation("moe_offload")
+    assert torch.equal(logits(plain), expected)
+
+
 def test_detach_leaves_no_trace(checkpoint: Checkpoints) -> None:
     for model_type in ("qwen3_moe", "gpt_oss", "llama4_text", "longcat_flash", "nemotron_h", "qwen3_vl_moe_text"):
         folder = checkpoint(model_type)
