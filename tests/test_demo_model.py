@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "models" / "demo"
 # sched.py of CPython 3.11, a file that the training never saw (PSF-2.0)
 HELD_OUT = ROOT / "tests" / "data" / "held_out_sched.txt"
-MAX_LOSS = 3.5  # nats per token: the model has 3.30 here, the 5-gram model of ngram.py 4.18
+MAX_LOSS = 3.15  # nats per token: the model has 3.06 here, the 5-gram model of ngram.py 4.18
 
 TOKENIZER: Any = AutoTokenizer.from_pretrained(FOLDER)
 messages = st.lists(

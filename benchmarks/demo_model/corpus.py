@@ -140,8 +140,5 @@ def _documented_functions(tree: ast.Module, text: str) -> Iterator[tuple[str, st
         indent = " " * node.col_offset
         yield (
             request,
-            "".join(line.removeprefix(indent) for line in source.splitlines(keepends=True)).rstrip(
-                "\n"
-            )
-            + "\n",
+            "".join(line.removeprefix(indent) for line in source.splitlines(keepends=True)).rstrip("\n") + "\n",
         )

@@ -45,8 +45,7 @@ class RoutingRecord:
     def __init__(self, model: Any) -> None:
         self.chosen: list[list[Tensor]] = [[] for _ in model.model.layers]
         self._handles = [
-            layer.mlp.gate.register_forward_hook(self._hook(index))
-            for index, layer in enumerate(model.model.layers)
+            layer.mlp.gate.register_forward_hook(self._hook(index)) for index, layer in enumerate(model.model.layers)
         ]
 
     def _hook(self, layer: int) -> Any:
@@ -142,9 +141,7 @@ def main(
 ) -> None:
     """Score the model and the 5-gram, count experts, write text."""
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, experts_implementation="grouped_mm"
-    )
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="grouped_mm")
     model.eval()
     corpus = load_corpus()
     train = encode_all(tokenizer, (BOS + item.text + EOS for item in corpus.train))
@@ -153,9 +150,7 @@ def main(
 
     ngram = {
         "training_files": -KneserNey(train, len(tokenizer)).log_probabilities(held_out).mean(),
-        "training_files_and_conversations": -KneserNey(
-            np.concatenate([train, chats]), len(tokenizer)
-        )
+        "training_files_and_conversations": -KneserNey(np.concatenate([train, chats]), len(tokenizer))
         .log_probabilities(held_out)
         .mean(),
     }

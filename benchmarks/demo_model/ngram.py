@@ -52,9 +52,7 @@ class KneserNey:
 
     def __init__(self, stream: Ints, vocabulary: int, order: int = 5) -> None:
         if not 0 < vocabulary <= 1 << BITS or not 1 <= order <= 5:
-            raise ValueError(
-                f"vocabulary {vocabulary} and order {order} must be at most {1 << BITS} and 5"
-            )
+            raise ValueError(f"vocabulary {vocabulary} and order {order} must be at most {1 << BITS} and 5")
         self.vocabulary = vocabulary
         self.order = order
         self.levels: list[Level] = []  # orders 1, 2, ... order

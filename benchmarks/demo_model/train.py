@@ -5,6 +5,7 @@
 A run may be killed at any time: it goes on from the last checkpoint in --work-dir.
 The learning rate follows progress, which is the larger of steps done / --steps and time used /
 --budget-minutes, so that it reaches zero when the time is up however slow the machine was.
+A finished run goes on when started again with more steps or minutes.
 """
 
 import json
@@ -31,7 +32,7 @@ from benchmarks.demo_model.tokenizer import load_tokenizer, train_tokenizer
 from benchmarks.demo_model.training import Recipe, Training, held_out_loss
 
 MODEL_FOLDER = Path(__file__).resolve().parents[2] / "models" / "demo"
-LOG_EVERY, SAVE_EVERY, CHECK_EVERY = 25, 200, 250
+LOG_EVERY, SAVE_EVERY, CHECK_EVERY = 25, 50, 250
 
 
 def model_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3MoeConfig:
@@ -105,6 +106,7 @@ def main(
     compiled: Annotated[bool, typer.Option(help="torch.compile, 1.5 times as fast")] = True,
 ) -> None:
     """Train, log, and export."""
+    began = time.monotonic()  # reading and encoding count, so that the end is where the clock says
     work_dir.mkdir(parents=True, exist_ok=True)
     recipe = Recipe()
     torch.manual_seed(recipe.seed)
@@ -126,7 +128,10 @@ def main(
     checkpoint = work_dir / "checkpoint.pt"
     if checkpoint.is_file():
         training.load(checkpoint)
-        log(f"resumed at step {training.steps_done}")
+        log(
+            f"resumed at step {training.steps_done}, {training.seconds_used / 60:.1f} minutes used; "
+            f"recipe {asdict(recipe)}, steps at most {steps}, minutes {budget_minutes}"
+        )
     else:
         log(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
         log(f"recipe {asdict(recipe)}, steps at most {steps}, minutes {budget_minutes}")
@@ -140,7 +145,7 @@ def main(
     interrupted: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _frame: interrupted.append(number))
-    began = time.monotonic() - training.seconds_used
+    began -= training.seconds_used
     spell_began, seen = time.monotonic(), torch.zeros(0, 2)
     while True:
         step = training.steps_done
@@ -154,7 +159,7 @@ def main(
         if progress >= 1:
             break
         size = recipe.window if progress < recipe.long_from else recipe.long_window
-        lr = recipe.lr_at(step, progress)
+        lr = recipe.next_lr(training.lr, progress)
         seen = torch.cat([seen, training.step(*batches.at(step, size), lr)[None]])
         step = training.steps_done
         if step % LOG_EVERY == 0:

@@ -29,9 +29,13 @@ class Recipe:
     aux_weight: float = 0.05  # on the mean over layers: 0.008 per layer
     clip: float = 1.0
 
-    def lr_at(self, step: int, progress: float) -> float:
-        """Warm-up, then a straight line to zero."""
-        return self.lr * min(1.0, (step + 1) / self.warm_up_steps) * max(0.0, 1.0 - progress)
+    def next_lr(self, last: float, progress: float) -> float:
+        """A straight line to zero, approached from below at the pace of the warm-up.
+
+        A run that goes on with a larger budget finds itself far below its line and warms up again.
+        """
+        line = self.lr * max(0.0, 1.0 - progress)
+        return min(last + self.lr / self.warm_up_steps, line)
 
 
 def losses(model: Any, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,6 +99,12 @@ class Training:
         self.steps_done += 1
         return torch.stack([entropy.detach(), balance.detach()])
 
+    @property
+    def lr(self) -> float:
+        """The learning rate of the last step, 0 before the first; a checkpoint keeps it."""
+        rate: float = self.optimizers[0].param_groups[0]["lr"]
+        return rate
+
     def save(self, path: Path) -> None:
         beside = path.with_suffix(".tmp")
         state = {
@@ -129,6 +139,6 @@ def optimizers(model: Any, recipe: Recipe) -> list[torch.optim.Optimizer]:
         {"params": norms, "weight_decay": 0.0},
     ]
     return [
-        Muon(matrices, lr=recipe.lr, weight_decay=recipe.weight_decay),
-        torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95), fused=True),
+        Muon(matrices, lr=0.0, weight_decay=recipe.weight_decay),
+        torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True),
     ]
