@@ -7,7 +7,7 @@ one token; letters and underscores stay together, so that `__init__` can become 
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.demo_model.corpus import (
@@ -68,6 +68,10 @@ def train_tokenizer(corpus: Corpus) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator((document.text for document in corpus.train), trainer)
+    # A prompt is the beginning of a file; without this mark the model goes on as if deep inside of one.
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A $B:1", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+    )
     make: Any = PreTrainedTokenizerFast
     wrapped: PreTrainedTokenizerFast = make(
         tokenizer_object=tokenizer,
