@@ -66,6 +66,8 @@ def _quantise_int8(
                 for k in range(width):
                     largest = max(largest, abs(row[g * group + k]))
                 scale = _to_half(np.float32(largest * np.float32(1 / 127)))
+                if scale < np.float32(6.103515625e-05) and scale * np.float32(127.0) < largest:
+                    scale += np.float32(5.9604645e-08)  # among f16's subnormals the next one up is no small step
                 inverse = np.float32(1.0) / scale if scale > 0 else np.float32(0.0)
                 scales[block, g, c] = scale
                 for k in range(width):
