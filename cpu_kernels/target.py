@@ -1,4 +1,4 @@
-"""What the machine that Numba compiles for can do: vector width, FMA, half conversion.
+"""What the machine that Numba compiles for can do: vector width, FMA, half conversion, byte dot products.
 
 Asked of LLVM itself: a few lines of IR are compiled for Numba's CPU name and features, and the
 assembly is read. So NUMBA_CPU_NAME and NUMBA_CPU_FEATURES hold here as they hold for the kernels;
@@ -37,6 +37,36 @@ define <4 x float> @half(ptr %p) {{
   ret <4 x float> %r
 }}
 """
+_PROBE_BYTES = """
+target triple = "{triple}"
+define <64 x i8> @bytes(<64 x i8> %a, <64 x i8> %b) {{
+  %r = add <64 x i8> %a, %b
+  ret <64 x i8> %r
+}}
+"""
+_PROBE_SHUFFLE = """
+target triple = "{triple}"
+define <16 x i8> @reverse(<16 x i8> %a) {{
+  %r = shufflevector <16 x i8> %a, <16 x i8> poison, <16 x i32> <i32 15, i32 14, i32 13, i32 12, i32 11, i32 10,
+    i32 9, i32 8, i32 7, i32 6, i32 5, i32 4, i32 3, i32 2, i32 1, i32 0>
+  ret <16 x i8> %r
+}}
+"""
+# A sum of products of unsigned and signed bytes, which LLVM turns into the instruction where there is one. Where an
+# LLVM does not see it, the kernels of the next lower tier run: never an instruction that is not there.
+_PROBE_BYTE_DOT = """
+target triple = "{triple}"
+declare i32 @llvm.vector.reduce.add.v64i32(<64 x i32>)
+define i32 @byte_dot(ptr %p, ptr %q) {{
+  %a = load <64 x i8>, ptr %p, align 1
+  %b = load <64 x i8>, ptr %q, align 1
+  %wide_a = zext <64 x i8> %a to <64 x i32>
+  %wide_b = sext <64 x i8> %b to <64 x i32>
+  %product = mul <64 x i32> %wide_a, %wide_b
+  %r = call i32 @llvm.vector.reduce.add.v64i32(<64 x i32> %product)
+  ret i32 %r
+}}
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +80,9 @@ class Target:
     registers: int  # vector registers
     fma: bool  # llvm.fma is one instruction; otherwise it would be a library call
     half: bool  # f16 -> f32 is an instruction; otherwise it would be a library call
+    int_lanes: int  # i32 lanes of one integer vector register (AVX alone has wide floats and narrow integers)
+    byte_dot: bool  # AVX-512 VNNI: u8 x s8 dot products of four into i32
+    byte_shuffle: bool  # pshufb: 16 bytes looked up at once
 
     @property
     def is_x86(self) -> bool:
@@ -75,6 +108,9 @@ def current_target() -> Target:
     wide = assembly(_PROBE)
     lanes = 16 if "zmm" in wide else 8 if "ymm" in wide else 4
     fused, half = assembly(_PROBE_FMA), assembly(_PROBE_HALF)
+    # the instruction itself: AVX-512 without BW (Knights Landing) passes bytes in zmm, but adds them in halves
+    adds = [line for line in assembly(_PROBE_BYTES).splitlines() if "paddb" in line]
+    int_lanes = 16 if any("zmm" in line for line in adds) else 8 if any("ymm" in line for line in adds) else 4
     x86 = triple.startswith(("x86_64", "i386", "i586", "i686"))
     return Target(
         triple=triple,
@@ -84,4 +120,7 @@ def current_target() -> Target:
         registers=32 if lanes == 16 or not x86 else 16,
         fma="vfm" in fused or "fmla" in fused or "fmadd" in fused,
         half="vcvtph2ps" in half or "fcvt" in half,
+        int_lanes=int_lanes,
+        byte_dot=int_lanes == 16 and "vpdpbusd" in assembly(_PROBE_BYTE_DOT),
+        byte_shuffle=x86 and "pshufb" in assembly(_PROBE_SHUFFLE),
     )

@@ -1,0 +1,225 @@
+"""The experts of one layer in the packed layout: out += weight * expert(hidden)."""
+
+import struct
+import threading
+from functools import cache
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe_offload.cpu_kernels import packed_block as word
+from moe_offload.cpu_kernels.activation_rows import arithmetic_for, row_bytes
+from moe_offload.cpu_kernels.grouping import Groups
+from moe_offload.cpu_kernels.kernel_cache import compile_job, compiled
+from moe_offload.cpu_kernels.layout import Activation, ActivationKind
+from moe_offload.cpu_kernels.memory import load_i64, store_i64
+from moe_offload.cpu_kernels.packed_job import LARGEST_TILE, make_packed_job
+from moe_offload.cpu_kernels.packed_layout import WIDTH, ExpertRecord, PackedMatrix
+from moe_offload.cpu_kernels.target import current_target
+from moe_offload.cpu_kernels.team import Team
+
+Activations = Literal["auto", "int16", "int8", "f32"]
+
+LINE = 64
+CHUNK = 64  # rows of an expert taken at once: their integers, 4 KB each for H = 2048, stay in the core's cache
+JOBS_PER_THREAD = 16
+# With more rows than this an expert is bound by arithmetic, and the second plane would double it.
+AUTO_ROWS = 4
+_BOTH_PLANES = {"auto": AUTO_ROWS, "int16": 1 << 62, "int8": 0, "f32": 0}
+_compiling = threading.Lock()
+
+
+class _Blocks(NamedTuple):
+    """Sizes of the jobs. They change who computes a number, never the number."""
+
+    first: int  # blocks of intermediate outputs
+    second: int  # blocks of output columns
+    local: int  # bytes of each thread's own memory
+
+
+@compiled(
+    "int64(int64, int64[::1], Array(int64,2,'C',readonly=True), int32[::1], int64[::1],"
+    " int32[::1], float32[::1], Array(float32,2,'C',readonly=True), float32[:,::1], int64[::1])"
+)
+def _fill(
+    args: int,
+    constants: NDArray[np.int64],
+    table: NDArray[np.int64],
+    experts: NDArray[np.int32],
+    offsets: NDArray[np.int64],
+    tokens: NDArray[np.int32],
+    weights: NDArray[np.float32],
+    hidden: NDArray[np.float32],
+    out: NDArray[np.float32],
+    blocks: NDArray[np.int64],
+) -> int:
+    """Write the argument block and the lists behind it; not 0 says what is wrong."""
+    for counter in range(0, word.COUNTERS, LINE):
+        store_i64(0, args + counter)
+    for i in range(constants.size):
+        store_i64(constants[i], args + word.CONSTANTS + 8 * i)
+    store_i64(table.ctypes.data, args + word.TABLE)
+    store_i64(experts.ctypes.data, args + word.EXPERTS)
+    store_i64(offsets.ctypes.data, args + word.OFFSETS)
+    store_i64(tokens.ctypes.data, args + word.TOKENS)
+    store_i64(weights.ctypes.data, args + word.WEIGHTS)
+    store_i64(hidden.ctypes.data, args + word.HIDDEN_AT)
+    store_i64(out.ctypes.data, args + word.OUT)
+    store_i64(experts.size, args + word.ACTIVE)
+    store_i64(hidden.shape[0], args + word.TOKEN_COUNT)
+    store_i64(blocks[0], args + word.FIRST_BLOCKS)
+    store_i64(blocks[1], args + word.SECOND_BLOCKS)
+    store_i64(blocks[2], args + word.LOCAL_BYTES)
+    for a in range(experts.size):
+        expert = experts[a]
+        if expert < 0 or expert >= table.shape[0]:
+            return 1
+        if table[expert, 1] == 0 or table[expert, 2] == 0:
+            return 2
+    rows = tokens.size
+    listed = rows + LARGEST_TILE
+    inputs = args + word.BYTES
+    middles = inputs + 8 * listed
+    row_at = (middles + 8 * listed + LINE - 1) // LINE * LINE
+    row_size, middle_size = load_i64(args + word.ROW_BYTES), load_i64(args + word.MIDDLE_BYTES)
+    middle_at = row_at + hidden.shape[0] * row_size
+    store_i64(inputs, args + word.INPUTS)
+    store_i64(middles, args + word.MIDDLES)
+    store_i64(row_at, args + word.ROWS)
+    store_i64(middle_at + rows * middle_size, args + word.LOCAL)
+    for row in range(rows):
+        token = tokens[row]
+        if token < 0 or token >= hidden.shape[0]:
+            return 3
+        store_i64(row_at + token * row_size, inputs + 8 * row)
+        store_i64(middle_at + row * middle_size, middles + 8 * row)
+    for row in range(rows, listed):  # for tiles that reach behind the last row
+        store_i64(row_at, inputs + 8 * row)
+        store_i64(middle_at, middles + 8 * row)
+    return 0
+
+
+COMPILED = (_fill,)
+_MISTAKES = {
+    1: "a group names an expert that the table has no row for",
+    2: "the table has no address (0) for a matrix of an active expert",
+    3: "a group names a token that `hidden` has no row for",
+}
+
+
+@cache
+def _job(dtype: str, group: int, exact: bool, gated: bool, kind: ActivationKind) -> Any:
+    target = current_target()
+    layout = PackedMatrix(WIDTH, group, dtype, group)  # type: ignore[arg-type]  # only its kind matters
+    arithmetic = arithmetic_for(dtype, exact, target)
+    key = f"packed-{dtype}-{group}-{arithmetic}-{'gated' if gated else 'plain'}-{kind}"
+    function = make_packed_job(key, layout, arithmetic, gated, kind, target)
+    return compile_job(function, "void(int64,int64)", key)
+
+
+class PackedExpertKernel:
+    """Computes packed experts of one record layout and activation. Compiled (or loaded) with the first call.
+
+    activations: precision of the activations inside the products.
+        "int16"  15 bits and a sign, in groups as the weights' (relative error of a layer about 5e-5)
+        "int8"   7 bits and a sign (about 1e-2), half the arithmetic
+        "auto"   int16 for experts with up to AUTO_ROWS tokens, which wait for memory anyway, int8 for others
+        "f32"    no rounding, at about a third of the speed
+    Weights of 8 bits on CPUs without a byte dot product take 16 bits in each of the first three.
+    """
+
+    def __init__(self, record: ExpertRecord, activation: Activation, activations: Activations = "auto") -> None:
+        if activation.needs_gate and not record.gated:
+            raise ValueError(f"{activation.kind!r} takes a gate, but the experts have none")
+        if activations not in get_args(Activations):
+            raise ValueError(f"activations={activations!r} is not one of {', '.join(get_args(Activations))}")
+        self.record, self.activation, self.activations = record, activation, activations
+        up, down = record.up_matrix, record.down_matrix
+        arithmetic = arithmetic_for(record.dtype, activations == "f32", current_target())
+        self._row_bytes = row_bytes(up.padded_cols, record.group, arithmetic)
+        self._middle_bytes = row_bytes(down.padded_cols, record.group, arithmetic)
+        constants = {
+            word.HIDDEN: record.hidden_size,
+            word.INTERMEDIATE: record.intermediate_size,
+            word.HIDDEN_PADDED: up.padded_cols,
+            word.MIDDLE_PADDED: down.padded_cols,
+            word.ROW_BYTES: self._row_bytes,
+            word.MIDDLE_BYTES: self._middle_bytes,
+            word.UP_RECORDS: up.records,
+            word.DOWN_RECORDS: down.records,
+            word.ALPHA: _float_bits(activation.alpha),
+            word.LIMIT: _float_bits(activation.limit),
+            word.CHUNK: CHUNK,
+            word.BOTH_PLANES: _BOTH_PLANES[activations],
+        }
+        self._constants = np.array([constants[key] for key in sorted(constants)], np.int64)
+        self._blocks: dict[tuple[int, int, int], NDArray[np.int64]] = {}
+        self._compiled: Any = None
+
+    def load(self) -> None:
+        """Compile the kernel or load it from the cache."""
+        record = self.record
+        with _compiling:
+            self._compiled = _job(
+                record.dtype, record.group, self.activations == "f32", record.gated, self.activation.kind
+            )
+
+    def __call__(
+        self,
+        table: NDArray[np.int64],
+        groups: Groups,
+        hidden: NDArray[np.float32],
+        out: NDArray[np.float32],
+        team: Team,
+    ) -> None:
+        """out[token] += weight * expert(hidden[token]) for every row of `groups`.
+
+        table [E, 6]: addresses of gate, up, down and their f32 biases; 0 where absent. hidden, out [T, H]. The caller
+        keeps the memory behind the addresses mapped. Raises ValueError for arguments that do not fit together.
+        """
+        active, rows = groups.experts.size, groups.tokens.size
+        if active == 0:
+            return
+        if hidden.shape != out.shape or hidden.shape[1] != self.record.hidden_size:
+            width = self.record.hidden_size
+            raise ValueError(f"hidden {hidden.shape} and out {out.shape} must be [T, {width}]")
+        if self._compiled is None:
+            self.load()
+        blocks = self._blocks_for(team.threads, active, min(rows, CHUNK))
+        size = word.BYTES + 3 * LINE + (rows + LARGEST_TILE) * 16 + rows * self._middle_bytes
+        size += len(hidden) * self._row_bytes + team.threads * int(blocks[2])
+        with team.lock:
+            args = team.scratch(size)
+            mistake = _fill(
+                args, self._constants, table, groups.experts, groups.offsets, groups.tokens,
+                groups.weights, hidden, out, blocks,
+            )  # fmt: skip
+            if mistake:
+                raise ValueError(_MISTAKES[mistake])
+            team.launch(self._compiled.address, args)
+
+    def _blocks_for(self, threads: int, active: int, rows: int) -> NDArray[np.int64]:
+        rows = 1 << (rows - 1).bit_length()
+        key = threads, active, rows
+        blocks = self._blocks.get(key)
+        if blocks is None:
+            blocks = self._blocks[key] = np.array(self._choose_blocks(threads, active, rows), np.int64)
+        return blocks
+
+    def _choose_blocks(self, threads: int, active: int, rows: int) -> _Blocks:
+        """Many small jobs, so that threads finish together, of whole groups, so that a job can make integers of what
+        it computed."""
+        jobs, least = threads * JOBS_PER_THREAD, self.record.group // WIDTH
+        up, down = self.record.up_matrix.blocks, self.record.down_matrix.blocks
+        first = min(8, max(1, up * active // jobs))
+        first = (first + least - 1) // least * least
+        second = min(8, max(1, down // jobs))
+        widest = max((2 if self.record.gated else 1) * first, second)
+        # a chunk may begin with any number of rows; the scratch is made for the largest
+        local = (CHUNK + LARGEST_TILE) * 4 * WIDTH * widest + 2 * LINE
+        return _Blocks(first, second, (local + LINE - 1) // LINE * LINE)
+
+
+def _float_bits(value: float) -> int:
+    return int.from_bytes(struct.pack("<f", value), "little")

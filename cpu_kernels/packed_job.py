@@ -1,0 +1,200 @@
+"""The job of one layer of packed experts: every thread runs it, and they share the work by counters.
+
+    phase 1   every token's hidden vector becomes integers (activation_rows)
+    phase 2   an expert's blocks of intermediate outputs: gate and up, activation, and the result becomes integers too
+    phase 3   stripes of output columns: the owner of a stripe adds every expert's rows in ascending order
+
+Between phases all threads wait until the jobs are done (jobs are counted, not threads: a late thread holds nobody up).
+Nothing is added atomically, so the bits do not depend on who computed what, nor on how many threads there were.
+
+A tile takes up to 8 rows; the last tile of an expert may reach beyond its rows, to those of the next expert or to the
+slack behind all: what it computes there is never used.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from moe_offload.cpu_kernels import packed_block as word
+from moe_offload.cpu_kernels.activation_rows import Arithmetic, make_quantise
+from moe_offload.cpu_kernels.activations import make_activate
+from moe_offload.cpu_kernels.atomics import fetch_add, wait_for_count
+from moe_offload.cpu_kernels.jit import native, specialised
+from moe_offload.cpu_kernels.layout import ActivationKind
+from moe_offload.cpu_kernels.memory import TYPE_CODES, add_elements, add_scaled, load_f32, load_i32, load_i64
+from moe_offload.cpu_kernels.packed_layout import WIDTH, ZERO_POINT, PackedMatrix
+from moe_offload.cpu_kernels.panel import make_panel
+from moe_offload.cpu_kernels.target import Target
+
+LARGEST_TILE = 8
+_F32 = TYPE_CODES["f32"]
+
+
+def make_product(key: str, layout: PackedMatrix, arithmetic: Arithmetic, target: Target) -> Any:
+    """(block, records, rows, tokens, planes, padded, to, step): a block times any number of tokens.
+
+    Computes whole tiles: up to LARGEST_TILE - 1 rows more than asked for.
+    """
+    many = make_panel(layout, arithmetic, LARGEST_TILE, 1, target)
+    some = make_panel(layout, arithmetic, 4, 1, target)
+    one = make_panel(layout, arithmetic, 1, 1, target)
+    if arithmetic == "planes":
+        some_twice, two_twice, one_twice = (make_panel(layout, arithmetic, n, 2, target) for n in (4, 2, 1))
+    else:  # 16-bit and exact activations come in one piece
+        some_twice, two_twice, one_twice = some, some, one
+
+    @specialised(key)
+    def product(
+        block: int, records: int, rows: int, tokens: int, planes: int, padded: int, to: int, step: int
+    ) -> None:
+        t = 0
+        if planes == 2:
+            while t < tokens:
+                left = tokens - t
+                if left > 2:
+                    some_twice(block, records, rows + 8 * t, padded, to + t * step, step)
+                    t += 4
+                elif left == 2:
+                    two_twice(block, records, rows + 8 * t, padded, to + t * step, step)
+                    t += 2
+                else:
+                    one_twice(block, records, rows + 8 * t, padded, to + t * step, step)
+                    t += 1
+        else:
+            while t < tokens:
+                left = tokens - t
+                if left > 4:
+                    many(block, records, rows + 8 * t, padded, to + t * step, step)
+                    t += 8
+                elif left > 1:
+                    some(block, records, rows + 8 * t, padded, to + t * step, step)
+                    t += 4
+                else:
+                    one(block, records, rows + 8 * t, padded, to + t * step, step)
+                    t += 1
+
+    return product
+
+
+@native
+def _record(args: int, entry: int) -> int:
+    """Address of the table's row for the expert at this position of the groups."""
+    expert = load_i32(load_i64(args + word.EXPERTS) + 4 * entry)
+    return load_i64(args + word.TABLE) + 48 * expert  # type: ignore[no-any-return]
+
+
+def make_packed_job(
+    key: str, layout: PackedMatrix, arithmetic: Arithmetic, gated: bool, kind: ActivationKind, target: Target
+) -> Callable[[int, int], None]:
+    """The job `(thread, args)`; of `layout` only dtype and group matter."""
+    product = make_product(key, layout, arithmetic, target)
+    quantise = make_quantise(arithmetic, layout.group, ZERO_POINT[layout.dtype], target)
+    activate = make_activate(kind, gated, 1, target.lanes)
+    record_bytes = layout.record_bytes
+
+    @specialised(key)
+    def first(args: int, local: int, entry: int, start: int, count: int) -> None:
+        """Blocks start to start + count of an expert's intermediate outputs, for all of its rows."""
+        record, alpha, limit = _record(args, entry), load_f32(args + word.ALPHA), load_f32(args + word.LIMIT)
+        records, padded = load_i64(args + word.UP_RECORDS), load_i64(args + word.HIDDEN_PADDED)
+        middle_padded = load_i64(args + word.MIDDLE_PADDED)
+        block_bytes = records * record_bytes
+        offsets = load_i64(args + word.OFFSETS) + 8 * entry
+        begin, end = load_i64(offsets), load_i64(offsets + 8)
+        planes = 2 if end - begin <= load_i64(args + word.BOTH_PLANES) else 1
+        chunk, step = load_i64(args + word.CHUNK), 4 * WIDTH * count
+        outputs = min(WIDTH * count, load_i64(args + word.INTERMEDIATE) - WIDTH * start)
+        last = WIDTH * (start + count) >= load_i64(args + word.INTERMEDIATE)
+        filled = middle_padded - WIDTH * start if last else WIDTH * count
+        ups = local + (chunk + LARGEST_TILE) * step if gated else local
+        while begin < end:
+            tokens = min(chunk, end - begin)
+            rows = load_i64(args + word.INPUTS) + 8 * begin
+            if gated:
+                at = load_i64(record) + start * block_bytes
+                for b in range(count):
+                    to = local + 4 * WIDTH * b
+                    product(at + b * block_bytes, records, rows, tokens, planes, padded, to, step)
+            at = load_i64(record + 8) + start * block_bytes
+            for b in range(count):
+                to = ups + 4 * WIDTH * b
+                product(at + b * block_bytes, records, rows, tokens, planes, padded, to, step)
+            for t in range(tokens):
+                gate, up = local + t * step, ups + t * step
+                bias = 4 * WIDTH * start
+                if gated and load_i64(record + 24) != 0:
+                    add_elements(gate, 1, outputs, load_i64(record + 24) + bias, 1, _F32)
+                if load_i64(record + 32) != 0:
+                    add_elements(up, 1, outputs, load_i64(record + 32) + bias, 1, _F32)
+                activate(gate, up, gate, outputs, alpha, limit)
+                row = load_i64(load_i64(args + word.MIDDLES) + 8 * (begin + t))
+                quantise(gate, outputs, row, middle_padded, WIDTH * start, filled)
+            begin += tokens
+
+    @specialised(key)
+    def second(args: int, local: int, start: int, count: int) -> None:
+        """Blocks start to start + count of the output columns, for every token: all experts, ascending."""
+        records, padded = load_i64(args + word.DOWN_RECORDS), load_i64(args + word.MIDDLE_PADDED)
+        hidden, chunk = load_i64(args + word.HIDDEN), load_i64(args + word.CHUNK)
+        tokens_at, weights_at = load_i64(args + word.TOKENS), load_i64(args + word.WEIGHTS)
+        out = load_i64(args + word.OUT) + 4 * WIDTH * start
+        block_bytes, step = records * record_bytes, 4 * WIDTH * count
+        columns = min(WIDTH * count, hidden - WIDTH * start)
+        for entry in range(load_i64(args + word.ACTIVE)):
+            record = _record(args, entry)
+            down, down_bias = load_i64(record + 16) + start * block_bytes, load_i64(record + 40)
+            offsets = load_i64(args + word.OFFSETS) + 8 * entry
+            begin, end = load_i64(offsets), load_i64(offsets + 8)
+            planes = 2 if end - begin <= load_i64(args + word.BOTH_PLANES) else 1
+            while begin < end:
+                tokens = min(chunk, end - begin)
+                rows = load_i64(args + word.MIDDLES) + 8 * begin
+                for b in range(count):
+                    to = local + 4 * WIDTH * b
+                    product(down + b * block_bytes, records, rows, tokens, planes, padded, to, step)
+                for t in range(tokens):
+                    y = local + t * step
+                    if down_bias != 0:
+                        add_elements(y, 1, columns, down_bias + 4 * WIDTH * start, 1, _F32)
+                    token = load_i32(tokens_at + 4 * (begin + t))
+                    weight = load_f32(weights_at + 4 * (begin + t))
+                    add_scaled(out + 4 * token * hidden, columns, y, weight)
+                begin += tokens
+
+    def run(thread: int, args: int) -> None:
+        local = load_i64(args + word.LOCAL) + thread * load_i64(args + word.LOCAL_BYTES)
+        tokens, hidden = load_i64(args + word.TOKEN_COUNT), load_i64(args + word.HIDDEN)
+        while True:
+            token = fetch_add(args + word.NEXT_ROWS, 1)
+            if token >= tokens:
+                break
+            row = load_i64(args + word.ROWS) + token * load_i64(args + word.ROW_BYTES)
+            x = load_i64(args + word.HIDDEN_AT) + 4 * hidden * token
+            padded = load_i64(args + word.HIDDEN_PADDED)
+            quantise(x, hidden, row, padded, 0, padded)
+            fetch_add(args + word.DONE_ROWS, 1)
+        wait_for_count(args + word.DONE_ROWS, tokens)
+        blocks = (load_i64(args + word.INTERMEDIATE) + WIDTH - 1) // WIDTH
+        each = load_i64(args + word.FIRST_BLOCKS)
+        parts = (blocks + each - 1) // each
+        jobs = load_i64(args + word.ACTIVE) * parts
+        while True:
+            job = fetch_add(args + word.NEXT_FIRST, 1)
+            if job >= jobs:
+                break
+            entry = job // parts
+            start = (job - entry * parts) * each
+            first(args, local, entry, start, min(each, blocks - start))
+            fetch_add(args + word.DONE_FIRST, 1)
+        wait_for_count(args + word.DONE_FIRST, jobs)
+        blocks = (hidden + WIDTH - 1) // WIDTH
+        each = load_i64(args + word.SECOND_BLOCKS)
+        jobs = (blocks + each - 1) // each
+        while True:
+            job = fetch_add(args + word.NEXT_SECOND, 1)
+            if job >= jobs:
+                break
+            second(args, local, job * each, min(each, blocks - job * each))
+            fetch_add(args + word.DONE_SECOND, 1)
+        wait_for_count(args + word.DONE_SECOND, jobs)
+
+    return run
