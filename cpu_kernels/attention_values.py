@@ -1,0 +1,124 @@
+"""Outputs of a block of positions: weights times V, for the queries that share a KV head.
+
+V is row-major, so a vector of outputs walks down the rows and needs no sum over lanes. A pass
+keeps the outputs of several queries for a stripe of some slices in registers over the whole
+block, so each element of V is widened once for all of them.
+"""
+
+from typing import Any
+
+from moe_offload.cpu_kernels.attention_rows import Rows, store_floats
+from moe_offload.cpu_kernels.emit import F32, Emitter, Value, micro_kernel, vector
+from moe_offload.cpu_kernels.target import Target
+
+
+def _stripes(rows: Rows, queries: int, target: Target) -> tuple[int, list[range]]:
+    """(queries of a pass, slices of each stripe): outputs in half of the registers."""
+    outputs = target.registers // 2
+    together = min(queries, 8 if target.lanes == 16 else 4)
+    wide = max(1, outputs // (2 * together))
+    return together, [range(s, min(s + wide, rows.slices)) for s in range(0, rows.slices, wide)]
+
+
+def make_values(rows: Rows, queries: int, wide: int, ahead: Rows, target: Target) -> Any:
+    """Intrinsic (weights, v, step, n, out, corrections, k, k_step).
+
+    out[r] = corrections[r] * out[r] + sum over j < n of weights[j][r] * V[j], V's rows `step` bytes
+    apart. weights f32 [n][wide]; out f32 [queries][rows.float_bytes], in the order of V's slices.
+    Meanwhile n rows at k (as `ahead` describes them, k_step apart) are asked for.
+    """
+    lanes = target.lanes
+    together, stripes = _stripes(rows, queries, target)
+    prefetch_bytes = -(-ahead.row_bytes // len(stripes))
+
+    def emit(
+        em: Emitter,
+        weights: Value,
+        v: Value,
+        step: Value,
+        n: Value,
+        out: Value,
+        corrections: Value,
+        k: Value,
+        k_step: Value,
+    ) -> None:
+        floats = vector(F32, lanes)
+
+        def place(r: int, number: int, half: int) -> int:
+            return r * rows.float_bytes + (number * rows.slice_width + half * lanes) * 4
+
+        for number_of_stripe, stripe in enumerate(stripes):
+            for first in range(0, queries, together):
+                some = range(first, min(first + together, queries))
+                kept = [(r, number, half) for r in some for number in stripe for half in (0, 1)]
+                factors = {r: em.splat(em.load(F32, corrections, 4 * r), floats) for r in some}
+                outputs = [em.b.fmul(em.load(floats, out, place(*at)), factors[at[0]]) for at in kept]
+
+                def add_row(
+                    j: Value,
+                    outputs: list[Value],
+                    stripe: range = stripe,
+                    some: range = some,
+                    asks: int | None = number_of_stripe if first == 0 else None,
+                ) -> list[Value]:
+                    if asks is not None:
+                        ahead_row = em.add(k, em.mul(j, k_step))
+                        ahead.prefetch(em, ahead_row, asks * prefetch_bytes, (asks + 1) * prefetch_bytes)
+                    row, weights_at = em.add(v, em.mul(j, step)), em.add(weights, em.mul(j, 4 * wide))
+                    elements = [
+                        part
+                        for number in stripe
+                        for part in rows.load(em, em.add(row, number * rows.slice_bytes), rows.count(number))
+                    ]
+                    after = []
+                    for r in some:
+                        weight = em.splat(em.load(F32, weights_at, 4 * r), floats)
+                        for part in elements:
+                            after.append(em.fma(weight, part, outputs[len(after)]))
+                    return after
+
+                outputs = em.loop(0, n, 1, outputs, add_row)
+                for at, value in zip(kept, outputs, strict=True):
+                    em.store(value, out, place(*at))
+
+    name = f"attention_values_{rows.dtype}_{rows.width}_{queries}_{wide}_{ahead.row_bytes}"
+    return micro_kernel(name, "iiiiiiii:v", emit)
+
+
+def make_mix(rows: Rows, weight_bytes: int) -> Any:
+    """Intrinsic (parts, step, chunks, weights, out): one query's output out of those of its chunks.
+
+    out[i] = sum over c of weights[c] * part c[i]; parts f32 in the order of V's slices, `step` bytes
+    apart; weights f32, weight_bytes apart; out f32 [rows.width] in natural order.
+    """
+
+    def emit(em: Emitter, parts: Value, step: Value, chunks: Value, weights: Value, out: Value) -> None:
+        floats = vector(F32, rows.lanes)
+        for number in range(rows.slices):
+            at = number * rows.slice_width * 4
+
+            def add_chunk(c: Value, sums: list[Value], at: int = at) -> list[Value]:
+                weight = em.splat(em.load(F32, weights, em.mul(c, weight_bytes)), floats)
+                part = em.add(parts, em.mul(c, step))
+                return [
+                    em.fma(weight, em.load(floats, part, at + half * 4 * rows.lanes), value)
+                    for half, value in enumerate(sums)
+                ]
+
+            sums = em.loop(0, chunks, 1, [em.const(floats, 0.0)] * 2, add_chunk)
+            store_floats(em, rows.to_natural(em, sums), em.add(out, at), rows.count(number))
+
+    return micro_kernel(f"attention_mix_{rows.dtype}_{rows.width}_{weight_bytes}", "iiiii:v", emit)
+
+
+def make_ask(rows: Rows) -> Any:
+    """Intrinsic (address, step, n): ask for n rows before a job needs them."""
+
+    def emit(em: Emitter, address: Value, step: Value, n: Value) -> None:
+        def ask(j: Value, _: list[Value]) -> list[Value]:
+            rows.prefetch(em, em.add(address, em.mul(j, step)), 0, rows.row_bytes)
+            return []
+
+        em.loop(0, n, 1, [], ask)
+
+    return micro_kernel(f"attention_ask_{rows.row_bytes}", "iii:v", emit)
