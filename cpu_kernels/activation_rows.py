@@ -59,9 +59,7 @@ def make_quantise(arithmetic: Arithmetic, group: int, zero_point: int, target: T
     floats, ints = vector(F32, lanes), vector(I32, lanes)
     vectors = group // lanes
 
-    def emit(
-        em: Emitter, x: Value, count: Value, row: Value, padded: Value, start: Value, filled: Value
-    ) -> None:
+    def emit(em: Emitter, x: Value, count: Value, row: Value, padded: Value, start: Value, filled: Value) -> None:
         b = em.b
         whole = b.udiv(count, em.i64(group))
 

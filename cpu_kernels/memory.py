@@ -22,6 +22,15 @@ store_f32 = micro_kernel("store_f32", "fi:v", _store)
 _load_bf16 = micro_kernel("load_bf16", "i:f", lambda em, a: load_weights(em, "bf16", 1, a))
 _load_f16 = micro_kernel("load_f16", "i:f", lambda em, a: load_weights(em, "f16", 1, a))
 
+_prefetch = micro_kernel("prefetch", "i:v", lambda em, address: em.prefetch(address))
+
+
+@native
+def prefetch_run(address: int, count: int) -> None:
+    """Ask for the bytes from `address` on; harmless where nothing is mapped."""
+    for line in range(0, count, 64):
+        _prefetch(address + line)
+
 
 @native
 def load_element(address: int, code: int) -> float:

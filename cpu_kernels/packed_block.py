@@ -26,12 +26,15 @@ COUNTERS = 6 * LINE
     MIDDLES,  # int64 [R + slack]: address of each row's quantised intermediate vector
     LOCAL,  # each thread's own memory ...
     LOCAL_BYTES,  # ... and how much of it
-    FIRST_BLOCKS,  # blocks of 32 intermediate outputs in one job
-    SECOND_BLOCKS,  # blocks of 32 output columns in one job
-) = range(COUNTERS, COUNTERS + 16 * 8, 8)
+    RUN,  # blocks computed one after the other before anything else is done
+    FIRST_JOBS,  # jobs of phase 2 ...
+    FIRST_CUTS,  # int64 [jobs + 1]: where each begins, in blocks of all active experts one behind the other
+    SECOND_JOBS,  # likewise of phase 3 ...
+    SECOND_CUTS,  # ... in blocks of output columns
+) = range(COUNTERS, COUNTERS + 19 * 8, 8)
 
 # set by the kernel
-CONSTANTS = SECOND_BLOCKS + 8
+CONSTANTS = SECOND_CUTS + 8
 (
     HIDDEN,  # H
     INTERMEDIATE,  # I

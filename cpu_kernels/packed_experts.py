@@ -23,24 +23,40 @@ Activations = Literal["auto", "int16", "int8", "f32"]
 
 LINE = 64
 CHUNK = 64  # rows of an expert taken at once: their integers, 4 KB each for H = 2048, stay in the core's cache
-JOBS_PER_THREAD = 16
+RUN = 8  # blocks of a matrix computed before its partner's: 290 KB of int4, H = 2048; a multiple of every group
 # With more rows than this an expert is bound by arithmetic, and the second plane would double it.
 AUTO_ROWS = 4
 _BOTH_PLANES = {"auto": AUTO_ROWS, "int16": 1 << 62, "int8": 0, "f32": 0}
 _compiling = threading.Lock()
 
 
-class _Blocks(NamedTuple):
-    """Sizes of the jobs. They change who computes a number, never the number."""
+class _Shares(NamedTuple):
+    """How the work is cut. It changes who computes a number, never the number."""
 
-    first: int  # blocks of intermediate outputs
-    second: int  # blocks of output columns
+    run: int  # blocks computed one after the other
     local: int  # bytes of each thread's own memory
+    first: NDArray[np.int64]  # cuts between the jobs of phase 2
+    second: NDArray[np.int64]  # ... and of phase 3
+
+
+def guided_cuts(count: int, threads: int, unit: int = 1) -> NDArray[np.int64]:
+    """0 = cuts[0] < ... < cuts[-1] = count, multiples of `unit`: shares of a run of `count` blocks.
+
+    Each job is a share of what is left: long ones first, because memory is read best in long runs, and short ones
+    last, so that threads finish together (guided self-scheduling, Polychronopoulos and Kuck 1987).
+    """
+    cuts = [0]
+    while cuts[-1] < count:
+        left = count - cuts[-1]
+        size = max(1, left // (2 * threads * unit)) * unit
+        cuts.append(min(count, cuts[-1] + size))
+    return np.array(cuts, np.int64)
 
 
 @compiled(
     "int64(int64, int64[::1], Array(int64,2,'C',readonly=True), int32[::1], int64[::1],"
-    " int32[::1], float32[::1], Array(float32,2,'C',readonly=True), float32[:,::1], int64[::1])"
+    " int32[::1], float32[::1], Array(float32,2,'C',readonly=True), float32[:,::1], int64, int64, int64[::1],"
+    " int64[::1])"
 )
 def _fill(
     args: int,
@@ -52,7 +68,10 @@ def _fill(
     weights: NDArray[np.float32],
     hidden: NDArray[np.float32],
     out: NDArray[np.float32],
-    blocks: NDArray[np.int64],
+    run: int,
+    local: int,
+    first: NDArray[np.int64],
+    second: NDArray[np.int64],
 ) -> int:
     """Write the argument block and the lists behind it; not 0 says what is wrong."""
     for counter in range(0, word.COUNTERS, LINE):
@@ -68,9 +87,12 @@ def _fill(
     store_i64(out.ctypes.data, args + word.OUT)
     store_i64(experts.size, args + word.ACTIVE)
     store_i64(hidden.shape[0], args + word.TOKEN_COUNT)
-    store_i64(blocks[0], args + word.FIRST_BLOCKS)
-    store_i64(blocks[1], args + word.SECOND_BLOCKS)
-    store_i64(blocks[2], args + word.LOCAL_BYTES)
+    store_i64(run, args + word.RUN)
+    store_i64(local, args + word.LOCAL_BYTES)
+    store_i64(first.size - 1, args + word.FIRST_JOBS)
+    store_i64(first.ctypes.data, args + word.FIRST_CUTS)
+    store_i64(second.size - 1, args + word.SECOND_JOBS)
+    store_i64(second.ctypes.data, args + word.SECOND_CUTS)
     for a in range(experts.size):
         expert = experts[a]
         if expert < 0 or expert >= table.shape[0]:
@@ -154,7 +176,7 @@ class PackedExpertKernel:
             word.BOTH_PLANES: _BOTH_PLANES[activations],
         }
         self._constants = np.array([constants[key] for key in sorted(constants)], np.int64)
-        self._blocks: dict[tuple[int, int, int], NDArray[np.int64]] = {}
+        self._shares: dict[tuple[int, int], _Shares] = {}
         self._compiled: Any = None
 
     def load(self) -> None:
@@ -186,39 +208,31 @@ class PackedExpertKernel:
             raise ValueError(f"hidden {hidden.shape} and out {out.shape} must be [T, {width}]")
         if self._compiled is None:
             self.load()
-        blocks = self._blocks_for(team.threads, active, min(rows, CHUNK))
+        run, local, first, second = self._shares_for(team.threads, active)
         size = word.BYTES + 3 * LINE + (rows + LARGEST_TILE) * 16 + rows * self._middle_bytes
-        size += len(hidden) * self._row_bytes + team.threads * int(blocks[2])
+        size += len(hidden) * self._row_bytes + team.threads * local
         with team.lock:
             args = team.scratch(size)
             mistake = _fill(
                 args, self._constants, table, groups.experts, groups.offsets, groups.tokens,
-                groups.weights, hidden, out, blocks,
+                groups.weights, hidden, out, run, local, first, second,
             )  # fmt: skip
             if mistake:
                 raise ValueError(_MISTAKES[mistake])
             team.launch(self._compiled.address, args)
 
-    def _blocks_for(self, threads: int, active: int, rows: int) -> NDArray[np.int64]:
-        rows = 1 << (rows - 1).bit_length()
-        key = threads, active, rows
-        blocks = self._blocks.get(key)
-        if blocks is None:
-            blocks = self._blocks[key] = np.array(self._choose_blocks(threads, active, rows), np.int64)
-        return blocks
-
-    def _choose_blocks(self, threads: int, active: int, rows: int) -> _Blocks:
-        """Many small jobs, so that threads finish together, of whole groups, so that a job can make integers of what
-        it computed."""
-        jobs, least = threads * JOBS_PER_THREAD, self.record.group // WIDTH
-        up, down = self.record.up_matrix.blocks, self.record.down_matrix.blocks
-        first = min(8, max(1, up * active // jobs))
-        first = (first + least - 1) // least * least
-        second = min(8, max(1, down // jobs))
-        widest = max((2 if self.record.gated else 1) * first, second)
-        # a chunk may begin with any number of rows; the scratch is made for the largest
-        local = (CHUNK + LARGEST_TILE) * 4 * WIDTH * widest + 2 * LINE
-        return _Blocks(first, second, (local + LINE - 1) // LINE * LINE)
+    def _shares_for(self, threads: int, active: int) -> _Shares:
+        shares = self._shares.get((threads, active))
+        if shares is None:
+            unit = self.record.group // WIDTH  # a job makes integers of what it computed: whole groups
+            blocks = self.record.up_matrix.blocks
+            # experts lie behind each other in units, so that no job begins in the middle of one
+            first = guided_cuts(blocks * active, threads, unit if blocks % unit == 0 else blocks)
+            second = guided_cuts(self.record.down_matrix.blocks, threads)
+            # a chunk may begin with any number of rows: tiles reach behind its last one
+            local = (CHUNK + LARGEST_TILE) * 4 * WIDTH * RUN * (2 if self.record.gated else 1)
+            shares = self._shares[threads, active] = _Shares(RUN, local + 2 * LINE, first, second)
+        return shares
 
 
 def _float_bits(value: float) -> int:

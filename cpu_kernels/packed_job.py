@@ -20,12 +20,21 @@ from moe_offload.cpu_kernels.activations import make_activate
 from moe_offload.cpu_kernels.atomics import fetch_add, wait_for_count
 from moe_offload.cpu_kernels.jit import native, specialised
 from moe_offload.cpu_kernels.layout import ActivationKind
-from moe_offload.cpu_kernels.memory import TYPE_CODES, add_elements, add_scaled, load_f32, load_i32, load_i64
+from moe_offload.cpu_kernels.memory import (
+    TYPE_CODES,
+    add_elements,
+    add_scaled,
+    load_f32,
+    load_i32,
+    load_i64,
+    prefetch_run,
+)
 from moe_offload.cpu_kernels.packed_layout import WIDTH, ZERO_POINT, PackedMatrix
 from moe_offload.cpu_kernels.panel import make_panel
 from moe_offload.cpu_kernels.target import Target
 
 LARGEST_TILE = 8
+HEAD = 2048  # bytes of the next run of memory that are asked for before it is begun
 _F32 = TYPE_CODES["f32"]
 
 
@@ -43,9 +52,7 @@ def make_product(key: str, layout: PackedMatrix, arithmetic: Arithmetic, target:
         some_twice, two_twice, one_twice = some, some, one
 
     @specialised(key)
-    def product(
-        block: int, records: int, rows: int, tokens: int, planes: int, padded: int, to: int, step: int
-    ) -> None:
+    def product(block: int, records: int, rows: int, tokens: int, planes: int, padded: int, to: int, step: int) -> None:
         t = 0
         if planes == 2:
             while t < tokens:
@@ -109,12 +116,14 @@ def make_packed_job(
         while begin < end:
             tokens = min(chunk, end - begin)
             rows = load_i64(args + word.INPUTS) + 8 * begin
+            at = load_i64(record + 8) + start * block_bytes
             if gated:
-                at = load_i64(record) + start * block_bytes
+                gates = load_i64(record) + start * block_bytes
+                prefetch_run(at, HEAD)
                 for b in range(count):
                     to = local + 4 * WIDTH * b
-                    product(at + b * block_bytes, records, rows, tokens, planes, padded, to, step)
-            at = load_i64(record + 8) + start * block_bytes
+                    product(gates + b * block_bytes, records, rows, tokens, planes, padded, to, step)
+                prefetch_run(gates + count * block_bytes, HEAD)
             for b in range(count):
                 to = ups + 4 * WIDTH * b
                 product(at + b * block_bytes, records, rows, tokens, planes, padded, to, step)
@@ -139,12 +148,15 @@ def make_packed_job(
         out = load_i64(args + word.OUT) + 4 * WIDTH * start
         block_bytes, step = records * record_bytes, 4 * WIDTH * count
         columns = min(WIDTH * count, hidden - WIDTH * start)
-        for entry in range(load_i64(args + word.ACTIVE)):
+        active = load_i64(args + word.ACTIVE)
+        for entry in range(active):
             record = _record(args, entry)
             down, down_bias = load_i64(record + 16) + start * block_bytes, load_i64(record + 40)
             offsets = load_i64(args + word.OFFSETS) + 8 * entry
             begin, end = load_i64(offsets), load_i64(offsets + 8)
             planes = 2 if end - begin <= load_i64(args + word.BOTH_PLANES) else 1
+            if entry + 1 < active:
+                prefetch_run(load_i64(_record(args, entry + 1) + 16) + start * block_bytes, HEAD)
             while begin < end:
                 tokens = min(chunk, end - begin)
                 rows = load_i64(args + word.MIDDLES) + 8 * begin
@@ -174,26 +186,31 @@ def make_packed_job(
             fetch_add(args + word.DONE_ROWS, 1)
         wait_for_count(args + word.DONE_ROWS, tokens)
         blocks = (load_i64(args + word.INTERMEDIATE) + WIDTH - 1) // WIDTH
-        each = load_i64(args + word.FIRST_BLOCKS)
-        parts = (blocks + each - 1) // each
-        jobs = load_i64(args + word.ACTIVE) * parts
+        most = load_i64(args + word.RUN)
+        jobs, cuts = load_i64(args + word.FIRST_JOBS), load_i64(args + word.FIRST_CUTS)
         while True:
             job = fetch_add(args + word.NEXT_FIRST, 1)
             if job >= jobs:
                 break
-            entry = job // parts
-            start = (job - entry * parts) * each
-            first(args, local, entry, start, min(each, blocks - start))
+            at, end = load_i64(cuts + 8 * job), load_i64(cuts + 8 * job + 8)
+            while at < end:
+                entry = at // blocks
+                start = at - entry * blocks
+                count = min(most, end - at, blocks - start)
+                first(args, local, entry, start, count)
+                at += count
             fetch_add(args + word.DONE_FIRST, 1)
         wait_for_count(args + word.DONE_FIRST, jobs)
-        blocks = (hidden + WIDTH - 1) // WIDTH
-        each = load_i64(args + word.SECOND_BLOCKS)
-        jobs = (blocks + each - 1) // each
+        jobs, cuts = load_i64(args + word.SECOND_JOBS), load_i64(args + word.SECOND_CUTS)
         while True:
             job = fetch_add(args + word.NEXT_SECOND, 1)
             if job >= jobs:
                 break
-            second(args, local, job * each, min(each, blocks - job * each))
+            at, end = load_i64(cuts + 8 * job), load_i64(cuts + 8 * job + 8)
+            while at < end:
+                count = min(most, end - at)
+                second(args, local, at, count)
+                at += count
             fetch_add(args + word.DONE_SECOND, 1)
         wait_for_count(args + word.DONE_SECOND, jobs)
 

@@ -171,7 +171,9 @@ def serial(work: Callable[[int, int], None], count: int) -> None:
     work(0, count)
 
 
-def pack_matrix(weights: NDArray[np.float32], layout: PackedMatrix, out: NDArray[np.uint8], split: Split = serial) -> None:
+def pack_matrix(
+    weights: NDArray[np.float32], layout: PackedMatrix, out: NDArray[np.uint8], split: Split = serial
+) -> None:
     """Quantise weights [N, K] into out [layout.nbytes].
 
     Raises ValueError when the weights hold NaN or infinity, or are too large for an f16 scale.
@@ -182,7 +184,9 @@ def pack_matrix(weights: NDArray[np.float32], layout: PackedMatrix, out: NDArray
     largest = float(max(weights.max(), -weights.min()))
     bound = HALF_MAX * (127 if layout.dtype == "int8" else 6)
     if not largest <= bound:  # NaN is not
-        raise ValueError(f"weights cannot be {layout.dtype}: the largest is {largest:g}, above {bound:g}, or not a number")
+        raise ValueError(
+            f"weights cannot be {layout.dtype}: the largest is {largest:g}, above {bound:g}, or not a number"
+        )
     codes = np.full((layout.blocks, layout.groups, layout.group, WIDTH), ZERO_POINT[layout.dtype], np.uint8)
     scales = np.zeros((layout.blocks, layout.groups, WIDTH), np.float32)
 

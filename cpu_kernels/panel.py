@@ -14,6 +14,7 @@ How the integers are summed:
     exact    weights widened to f32, activations f32: for comparison, at a third of the speed
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from moe_offload.cpu_kernels.activation_rows import Arithmetic
@@ -38,34 +39,31 @@ class _Tile:
         self.ints, self.floats = vector(I32, self.lanes), vector(F32, self.lanes)
         self.rows, self.padded = rows, padded  # quantised rows of the tokens
 
-    def group(self, record: Value, group: int, index: Value, part: int, totals: dict[Any, Value]) -> None:
-        """Add one group's products to totals[token, output] for the outputs of a part."""
+    def group(self, record: Value, group: int, index: Value, parts: Sequence[int], totals: dict[Any, Value]) -> None:
+        """Add one group's products to totals[token, output] for the outputs of some parts."""
         em, layout = self.em, self.layout
         quads = layout.group // 4
         base = group * quads * layout.row_bytes
         position = em.mul(index, layout.group)
-        outputs = outputs_of(layout, part, em.target)
+        outputs = [output for part in parts for output in outputs_of(layout, part, em.target)]
+        factors: Sequence[Value] = ()
         if self.arithmetic == "exact":
-            sums = self._exact(record, base, quads, position, part, outputs)
-        elif self.arithmetic == "planes":
-            sums = self._planes(record, base, quads, position, part, outputs)
+            sums = self._exact(record, base, quads, position, parts, outputs)
         else:
-            sums = self._pairs(record, base, quads, position, part, outputs)
-        scales = {output: load_scales(em, layout, record, group, output) for output in outputs}
-        for t in range(len(self.rows)):
-            factor, fix = self._factor(t, index)
-            for output in outputs:
-                scale = scales[output]
-                value = sums[t, output]
-                if self.arithmetic != "exact":
-                    value = em.b.sitofp(em.b.add(value, fix), self.floats)
-                    scale = em.b.fmul(scale, factor)
-                totals[t, output] = em.fma(value, scale, totals[t, output])
+            factors, fixes = zip(*(self._factor(t, index) for t in range(len(self.rows))), strict=True)
+            # the sums begin with the correction, which so costs nothing
+            multiply = self._planes if self.arithmetic == "planes" else self._pairs
+            sums = multiply(record, base, quads, position, parts, outputs, fixes)
+        for output in outputs:
+            scale = load_scales(em, layout, record, group, output)
+            for t in range(len(self.rows)):
+                value, both = sums[t, output], scale
+                if factors:
+                    value, both = em.b.sitofp(value, self.floats), em.b.fmul(scale, factors[t])
+                totals[t, output] = em.fma(value, both, totals[t, output])
 
     def _factor(self, t: int, index: Value) -> tuple[Value, Value]:
         """A group's activation scale and correction, in all lanes."""
-        if self.arithmetic == "exact":
-            return None, None
         em = self.em
         groups = em.b.udiv(self.padded, em.i64(self.layout.group))
         at = em.add(em.add(self.rows[t], em.mul(self.padded, 2)), em.mul(index, 4))
@@ -77,8 +75,9 @@ class _Tile:
         return factor, em.splat(fix, self.ints)
 
     def _planes(
-        self, record: Value, base: int, quads: int, position: Value, part: int, outputs: list[int]
-    ) -> dict[Any, Value]:
+        self, record: Value, base: int, quads: int, position: Value, parts: Sequence[int], outputs: list[int],
+        fixes: Sequence[Value],
+    ) -> dict[Any, Value]:  # fmt: skip
         em, b = self.em, self.em.b
         tokens = range(len(self.rows))
         wide = vector(I8, 4 * self.lanes)
@@ -86,15 +85,16 @@ class _Tile:
             [em.add(em.add(row, position), em.mul(self.padded, plane)) for plane in range(self.planes)]
             for row in self.rows
         ]
+        last = self.planes - 1
         sums = {
-            (t, plane, output): em.const(self.ints, 0)
+            (t, plane, output): fixes[t] if plane == last else em.const(self.ints, 0)
             for t in tokens for plane in range(self.planes) for output in outputs
         }  # fmt: skip
         run = quads if em.target.byte_dot else _ROWS_IN_16_BITS[self.layout.dtype]
         for start in range(0, quads, run):
             short: dict[Any, Value] = {}
             for quad in range(start, start + run):
-                codes = self._codes(record, base + quad * self.layout.row_bytes, part)
+                codes = self._codes(record, base + quad * self.layout.row_bytes, parts)
                 for t in tokens:
                     for plane in range(self.planes):
                         four = em.splat(em.load(I32, places[t][plane], 4 * quad), self.ints)
@@ -118,14 +118,15 @@ class _Tile:
         }  # fmt: skip
 
     def _pairs(
-        self, record: Value, base: int, quads: int, position: Value, part: int, outputs: list[int]
-    ) -> dict[Any, Value]:
+        self, record: Value, base: int, quads: int, position: Value, parts: Sequence[int], outputs: list[int],
+        fixes: Sequence[Value],
+    ) -> dict[Any, Value]:  # fmt: skip
         em, b = self.em, self.em.b
         words = vector(I16, 2 * self.lanes)
         places = [em.add(row, em.mul(position, 2)) for row in self.rows]
-        sums = {(t, output): em.const(self.ints, 0) for t in range(len(self.rows)) for output in outputs}
+        sums = {(t, output): fixes[t] for t in range(len(self.rows)) for output in outputs}
         for quad in range(quads):
-            codes = [b.bitcast(code, words) for code in self._codes(record, base + quad * self.layout.row_bytes, part)]
+            codes = [b.bitcast(code, words) for code in self._codes(record, base + quad * self.layout.row_bytes, parts)]
             even = [b.and_(code, em.const(words, 255)) for code in codes]
             odd = [b.lshr(code, em.const(words, 8)) for code in codes]
             for t, place in enumerate(places):
@@ -136,14 +137,14 @@ class _Tile:
         return sums
 
     def _exact(
-        self, record: Value, base: int, quads: int, position: Value, part: int, outputs: list[int]
+        self, record: Value, base: int, quads: int, position: Value, parts: Sequence[int], outputs: list[int]
     ) -> dict[Any, Value]:
         em, b = self.em, self.em.b
         places = [em.add(row, em.mul(position, 4)) for row in self.rows]
         zero_point = em.const(self.ints, ZERO_POINT[self.layout.dtype])
         sums = {(t, output): em.const(self.floats, 0.0) for t in range(len(self.rows)) for output in outputs}
         for quad in range(quads):
-            codes = [b.bitcast(c, self.ints) for c in self._codes(record, base + quad * self.layout.row_bytes, part)]
+            codes = [b.bitcast(c, self.ints) for c in self._codes(record, base + quad * self.layout.row_bytes, parts)]
             for k in range(4):
                 byte = [b.and_(b.lshr(code, em.const(self.ints, 8 * k)), em.const(self.ints, 255)) for code in codes]
                 weights = [b.sitofp(b.sub(value, zero_point), self.floats) for value in byte]
@@ -153,12 +154,12 @@ class _Tile:
                         sums[t, output] = em.fma(weights[n], x, sums[t, output])
         return sums
 
-    def _codes(self, record: Value, offset: int, part: int) -> list[Value]:
+    def _codes(self, record: Value, offset: int, parts: Sequence[int]) -> list[Value]:
         # beside the row it belongs to: a burst of prefetches at the head of a record loses 10 %
         for line in range(0, self.layout.row_bytes, LINE):
-            if part == 0:
+            if parts[0] == 0:
                 self.em.prefetch(record, offset + line + _AHEAD, locality=3 if len(self.rows) == 1 else 2)
-        return load_codes(self.em, self.layout, record, offset, part)
+        return [code for part in parts for code in load_codes(self.em, self.layout, record, offset, part)]
 
     def _byte_dot(self, total: Value, codes: Value, inputs: Value) -> Value:
         b, ints = self.em.b, self.ints
@@ -201,14 +202,13 @@ def make_panel(layout: PackedMatrix, arithmetic: Arithmetic, tokens: int, planes
         keys = [(t, output) for t in range(tokens) for output in range(0, WIDTH, lanes)]
         parts = range(parts_of(layout, target))
 
-        def sweep(chosen: range | list[int], keys: list[tuple[int, int]]) -> None:
+        def sweep(chosen: Sequence[int], keys: list[tuple[int, int]]) -> None:
             def body(i: Value, carried: list[Value]) -> list[Value]:
                 totals: dict[Any, Value] = dict(zip(keys, carried, strict=True))
                 record = em.add(weights, em.mul(i, layout.record_bytes))
                 for group in range(layout.groups_per_record):
                     index = em.add(em.mul(i, layout.groups_per_record), group)
-                    for part in chosen:
-                        tile.group(record, group, index, part, totals)
+                    tile.group(record, group, index, chosen, totals)
                 return [totals[key] for key in keys]
 
             zeros = [em.const(vector(F32, lanes), 0.0)] * len(keys)
