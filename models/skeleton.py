@@ -114,7 +114,7 @@ class SkeletonQuantizer(HfQuantizer):  # type: ignore[misc]
         self.skeleton: Skeleton | None = None
 
     @abstractmethod
-    def check(self, model: PreTrainedModel, weights: dict[str, ExpertWeights]) -> None:
+    def check(self, model: PreTrainedModel, skeleton: Skeleton) -> None:
         """Called before anything is loaded, with the skeleton of what will be; raises what speaks against loading."""
 
     @abstractmethod
@@ -144,9 +144,9 @@ class SkeletonQuantizer(HfQuantizer):  # type: ignore[misc]
                 module.register_parameter(name, None)
             # Nothing to initialise: the model's own _init_weights would touch the dropped parameters.
             module._is_hf_initialized = True
-        self.check(model, weights)
         undo.append(compat.ignore_unexpected_keys(model, list(parameters)))
         self.skeleton = Skeleton(spec, checkpoint, weights, parameters, tuple(undo))
+        self.check(model, self.skeleton)
         if self.inner is not None:
             hidden = {path: model.get_submodule(path) for path in parameters}
             for path in hidden:

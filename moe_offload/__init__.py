@@ -20,6 +20,7 @@ _WHERE = {
     "NotEnoughMemoryError": "moe_offload.models.errors",
     "OptionError": "moe_offload.models.errors",
     "Options": "moe_offload.options",
+    "PackError": "moe_offload.models.errors",
     "UnsupportedModelError": "moe_offload.models.errors",
     "load": "moe_offload.loading",
 }
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
         MoeOffloadError,
         NotEnoughMemoryError,
         OptionError,
+        PackError,
         UnsupportedModelError,
     )
     from moe_offload.models.spec import MoeSpec
@@ -47,6 +49,7 @@ __all__ = [
     "NotEnoughMemoryError",
     "OptionError",
     "Options",
+    "PackError",
     "UnsupportedModelError",
     "load",
 ]

@@ -4,6 +4,7 @@ Importing this module registers both with transformers, and the experts function
 """
 
 import json
+import os
 from typing import Any
 
 import torch
@@ -11,13 +12,15 @@ from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from moe_offload.conversion import StoredExperts
 from moe_offload.engine import Engine
-from moe_offload.memory import require_memory
+from moe_offload.memory import memory_room, require_memory
 from moe_offload.models import experts_function
 from moe_offload.models.errors import OptionError
-from moe_offload.models.expert_weights import ExpertWeights
 from moe_offload.models.skeleton import Skeleton, SkeletonQuantizer
-from moe_offload.options import Options, Progress, Weights
+from moe_offload.options import Activations, Options, Progress, Weights
+from moe_offload.packs import open_pack
+from moe_offload.weight_choice import WeightChoice, choose_weights
 
 METHOD = "moe_offload"
 
@@ -28,7 +31,7 @@ class MoeOffloadConfig(QuantizationConfigMixin):  # type: ignore[misc]
     quantization_config=MoeOffloadConfig())`.
 
     Parameters are those of `Options`. `inner` is the configuration of a checkpoint that is quantised already, as in its
-    config.json; `moe_offload.load` fills it in. `progress` is called while kernels are compiled.
+    config.json; `moe_offload.load` fills it in. `progress` is called while experts are converted and kernels compiled.
     """
 
     def __init__(
@@ -37,6 +40,8 @@ class MoeOffloadConfig(QuantizationConfigMixin):  # type: ignore[misc]
         threads: int | None = None,
         memory_limit: int | None = None,
         gemm_rows: int | None = None,
+        activations: Activations = "auto",
+        pack_dir: str | os.PathLike[str] | None = None,
         *,
         inner: dict[str, Any] | None = None,
         progress: Progress | None = None,
@@ -45,13 +50,15 @@ class MoeOffloadConfig(QuantizationConfigMixin):  # type: ignore[misc]
         if quant_method != METHOD:
             raise OptionError(f"quant_method={quant_method!r} is not {METHOD!r}")
         self.quant_method = METHOD
-        self.options = Options(weights, threads, memory_limit, gemm_rows)
+        self.options = Options(weights, threads, memory_limit, gemm_rows, activations, pack_dir)
         self.inner = inner
         self.progress = progress
 
     def to_dict(self) -> dict[str, Any]:
         """What goes into a serialised configuration: the options that differ from their defaults."""
         values = {name: getattr(self.options, name) for name in Options.__slots__}
+        if values["pack_dir"] is not None:
+            values["pack_dir"] = os.fspath(values["pack_dir"])
         default = Options()
         changed = {name: value for name, value in values.items() if value != getattr(default, name)}
         return {"quant_method": METHOD, **changed}
@@ -65,21 +72,27 @@ class MoeOffloadConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 @register_quantizer(METHOD)
 class MoeOffloadQuantizer(SkeletonQuantizer):
-    """Checks the options against the model, and puts the engine behind its experts."""
+    """Checks the options against the model, has the experts converted, and puts the engine behind them."""
 
-    def check(self, model: PreTrainedModel, weights: dict[str, ExpertWeights]) -> None:
+    choice = WeightChoice(None)
+
+    def check(self, model: PreTrainedModel, skeleton: Skeleton) -> None:
         options: Options = self.quantization_config.options
-        stored = sorted({each.format for each in weights.values()})
-        if options.weights != "auto" and stored != [options.weights]:
-            raise OptionError(
-                f"weights={options.weights!r}, but the experts are stored as {', '.join(stored)}: give that, or 'auto'"
-            )
         needed = sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
+        # before anything is loaded: what is loaded would count as taken
+        room = memory_room(options.memory_limit)
+        self.choice = choose_weights(options.weights, stored_experts(skeleton), needed, room)
         require_memory(needed, options.memory_limit, "the non-expert weights")
 
     def attach(self, model: PreTrainedModel, skeleton: Skeleton, dtype: torch.dtype) -> None:
         config: MoeOffloadConfig = self.quantization_config
-        model.offload = Engine(model, skeleton, config.options, dtype, config.progress)
+        pack = open_pack(self.choice, stored_experts(skeleton), config.options, config.progress)
+        model.offload = Engine(model, skeleton, config.options, dtype, config.progress, pack)
+
+
+def stored_experts(skeleton: Skeleton) -> StoredExperts:
+    """What of a skeleton can be converted."""
+    return StoredExperts(skeleton.spec, skeleton.checkpoint, skeleton.weights)
 
 
 experts_function.register()

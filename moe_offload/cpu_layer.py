@@ -14,6 +14,7 @@ from torch.nn import functional
 from moe_offload.cpu_kernels.experts import ExpertKernel
 from moe_offload.cpu_kernels.grouping import Groups
 from moe_offload.cpu_kernels.layout import ExpertLayout, WeightType
+from moe_offload.cpu_kernels.packed_experts import PackedExpertKernel
 from moe_offload.cpu_kernels.team import Team
 from moe_offload.models.checkpoint import Checkpoint
 from moe_offload.models.dequantize import read_matrix
@@ -65,6 +66,8 @@ class CpuLayer:
         self.kernel = kernel
         self.team = team
         self.gemm_rows = gemm_rows
+        self.num_experts = weights.num_experts
+        self.bytes_per_expert = weights.bytes_per_expert
         self.table = _address_table(weights, checkpoint) if kernel is not None else None
 
     def __call__(self, module: nn.Module, groups: Groups, hidden_states: torch.Tensor, out: torch.Tensor) -> int:
@@ -118,6 +121,26 @@ class CpuLayer:
         weight = read_matrix(matrix, self.weights.format, self.checkpoint, expert, rows.dtype)
         vector = None if bias is None else bias.view(self.checkpoint, expert).to(rows.dtype)
         return functional.linear(rows, weight, vector)
+
+
+class PackedLayer:
+    """The experts of one layer in a pack: all of them through its kernel, which has the arithmetic for many tokens too.
+
+    table [E, 6]: addresses of the parts of each expert's record.
+    """
+
+    def __init__(self, kernel: PackedExpertKernel, table: NDArray[np.int64], team: Team) -> None:
+        self.kernel = kernel
+        self.table = table
+        self.team = team
+        self.num_experts = len(table)
+        self.bytes_per_expert = kernel.record.weight_bytes
+
+    def __call__(self, module: nn.Module, groups: Groups, hidden_states: torch.Tensor, out: torch.Tensor) -> int:
+        """As `CpuLayer`; torch runs none of the experts."""
+        if len(groups.experts):
+            self.kernel(self.table, groups, hidden_states.float().contiguous().numpy(), out.numpy(), self.team)
+        return 0
 
 
 def _address_table(weights: ExpertWeights, checkpoint: Checkpoint) -> NDArray[np.int64]:

@@ -11,6 +11,7 @@ A call comes from transformers, layer by layer, possibly from several threads (c
 
 import threading
 import time
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -19,20 +20,21 @@ from transformers import PreTrainedModel
 
 from moe_offload.cpu_kernels.grouping import group_tokens
 from moe_offload.cpu_kernels.processors import default_threads
-from moe_offload.cpu_layer import CpuLayer
-from moe_offload.cpu_setup import gemm_crossover, make_kernels, make_team
+from moe_offload.cpu_layer import CpuLayer, PackedLayer
+from moe_offload.cpu_setup import make_layers, make_packed_layers, make_team
 from moe_offload.memory import require_memory
 from moe_offload.models.experts_function import attach_handle, detach_handle
 from moe_offload.models.skeleton import Skeleton
 from moe_offload.models.spec import MoeSpec
 from moe_offload.options import Options, Progress
 from moe_offload.statistics import Statistics
+from moe_offload.transfer.expert_pack import ExpertPack
 
 
 class LayerCall(NamedTuple):
     """One MoE layer's work, as transformers gives it: T tokens of width H, each routed to K experts."""
 
-    layer: CpuLayer
+    layer: CpuLayer | PackedLayer
     module: nn.Module
     hidden_states: torch.Tensor  # [T, H]
     top_k_index: torch.Tensor  # [T, K] int64
@@ -49,6 +51,7 @@ class Engine:
         options: Options,
         dtype: torch.dtype,
         progress: Progress | None = None,
+        pack: ExpertPack | None = None,
     ) -> None:
         self.options = options
         self.statistics = Statistics()
@@ -60,18 +63,11 @@ class Engine:
         self._gate = threading.Condition()
         self._calls = 0
         self._team = make_team(options.threads or default_threads())
-        kernels = make_kernels(skeleton, progress)
-        self._layers = {
-            layer.path: CpuLayer(
-                layer,
-                skeleton.weights[layer.path],
-                skeleton.checkpoint,
-                kernels[layer.path],
-                self._team,
-                options.gemm_rows or gemm_crossover(skeleton.weights[layer.path].format),
-            )
-            for layer in skeleton.spec.layers
-        }
+        self._pack = pack
+        if pack is None:
+            self._layers = make_layers(skeleton, options, self._team, progress)
+        else:
+            self._layers = make_packed_layers(skeleton, pack, options, self._team, progress)
         for path, layer in self._layers.items():
             attach_handle(model.get_submodule(path), _LayerHandle(self, layer))
 
@@ -87,8 +83,16 @@ class Engine:
 
     @property
     def weights(self) -> str:
-        """Format of the expert weights as they are read, such as "bf16"; several where layers differ."""
+        """Format of the expert weights as they are read, such as "bf16" or "int4"; several where layers differ."""
+        if self._pack is not None:
+            records = (section.content for section in self._pack.plan.sections)
+            return ", ".join(sorted({record.dtype for record in records}))
         return ", ".join(sorted({each.format for each in self._skeleton.weights.values()}))
+
+    @property
+    def pack(self) -> Path | None:
+        """The file that converted experts are read from; None where they are read from the checkpoint."""
+        return None if self._pack is None else self._pack.path
 
     @property
     def closed(self) -> bool:
@@ -120,7 +124,7 @@ class Engine:
         groups = group_tokens(
             call.top_k_index.to("cpu", torch.int64).contiguous().numpy(),
             call.top_k_weights.detach().to("cpu", torch.float32).contiguous().numpy(),
-            layer.weights.num_experts,
+            layer.num_experts,
         )
         hidden = call.hidden_states.detach().to("cpu")
         out = torch.zeros(hidden.shape, dtype=torch.float32)
@@ -130,7 +134,7 @@ class Engine:
             rows=len(groups.tokens),
             experts=experts,
             torch_experts=by_torch,
-            bytes_read=experts * layer.weights.bytes_per_expert,
+            bytes_read=experts * layer.bytes_per_expert,
             seconds=time.perf_counter() - started,
         )
         return out.to(call.hidden_states.device, call.hidden_states.dtype)
@@ -155,7 +159,7 @@ class Engine:
         return model
 
     def close(self) -> None:
-        """Stop the threads and unmap the checkpoint, once calls in flight are through. Harmless when done twice.
+        """Stop the threads and unmap checkpoint and pack, once calls in flight are through. Harmless when done twice.
 
         The model cannot run its experts afterwards.
         """
@@ -170,6 +174,8 @@ class Engine:
         self._layers.clear()
         self._team.close()
         self._skeleton.checkpoint.close()
+        if self._pack is not None:
+            self._pack.close()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Engine":
         """Copies of a model share the engine: weights and threads exist once."""
@@ -187,7 +193,7 @@ class _LayerHandle:
 
     __slots__ = ("engine", "layer")
 
-    def __init__(self, engine: Engine, layer: CpuLayer) -> None:
+    def __init__(self, engine: Engine, layer: CpuLayer | PackedLayer) -> None:
         self.engine = engine
         self.layer = layer
 

@@ -13,7 +13,7 @@ from moe_offload.model_folder import find_model
 from moe_offload.models.checkpoint import Checkpoint
 from moe_offload.models.errors import CheckpointError, MoeOffloadError, first_line
 from moe_offload.models.spec import model_class
-from moe_offload.options import Progress, Weights
+from moe_offload.options import Activations, Progress, Weights
 
 
 def load(
@@ -23,6 +23,8 @@ def load(
     threads: int | None = None,
     memory_limit: int | None = None,
     gemm_rows: int | None = None,
+    activations: Activations = "auto",
+    pack_dir: str | os.PathLike[str] | None = None,
     dtype: Any = "auto",
     attn_implementation: str | None = None,
     device_map: Any = None,
@@ -32,17 +34,18 @@ def load(
     local_files_only: bool = False,
     progress: Progress | None = None,
 ) -> PreTrainedModel:
-    """Load a Mixture-of-Experts model without copying its expert weights.
+    """Load a Mixture-of-Experts model, its expert weights mapped from the checkpoint, or from a pack of them quantised.
 
     model: a folder in Hugging Face format, the id of a model on the Hub, or "demo" for the model in this package.
-    weights, threads, memory_limit, gemm_rows: see `Options`.
+    weights, threads, memory_limit, gemm_rows, activations, pack_dir: see `Options`.
     dtype, attn_implementation, device_map, revision, token, cache_dir, local_files_only: as in transformers'
         `from_pretrained`.
-    progress: called with (what, done, total) while kernels are compiled.
+    progress: called with (what, done, total) while experts are converted (bytes) and kernels are compiled.
 
     Returns the ordinary transformers model; `model.offload` is the engine (`spec`, `options`, `statistics`, `close()`).
 
-    Raises CheckpointError, UnsupportedModelError, OptionError or NotEnoughMemoryError, each saying what to do.
+    Raises CheckpointError, UnsupportedModelError, OptionError, PackError or NotEnoughMemoryError, each saying what to
+    do.
     """
     folder = find_model(model, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
     config = read_config(folder)
@@ -51,7 +54,9 @@ def load(
     if inner is not None:
         del config.quantization_config
         inner = inner if isinstance(inner, dict) else inner.to_dict()
-    ours = MoeOffloadConfig(weights, threads, memory_limit, gemm_rows, inner=inner, progress=progress)
+    ours = MoeOffloadConfig(
+        weights, threads, memory_limit, gemm_rows, activations, pack_dir, inner=inner, progress=progress
+    )
     wanted = {"attn_implementation": attn_implementation, "device_map": device_map}
     try:
         loaded, info = model_class(config).from_pretrained(

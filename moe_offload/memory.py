@@ -35,6 +35,12 @@ def detect_memory(cgroup: Path = _CGROUP) -> Memory:
     return Memory(total, available)
 
 
+def memory_room(limit: int | None) -> int:
+    """Bytes that a model may take: what is free, and no more than `limit`, when given."""
+    available = detect_memory().available
+    return available if limit is None else min(limit, available)
+
+
 def require_memory(needed: int, limit: int | None, what: str) -> None:
     """Raise NotEnoughMemoryError unless `needed` bytes fit in what is free (and in `limit`, when given)."""
     available = detect_memory().available

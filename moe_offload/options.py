@@ -1,28 +1,34 @@
 """The engine's options: decided once at load, frozen, checked here."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from moe_offload.models.errors import OptionError
 
-# Called with what is being done, how much of it is done, and how much there is.
+# Called with what is being done ("compiling kernels (...)", "converting experts", ...), how much of it is done, and how
+# much there is: kernels are counted, all else in bytes.
 Progress = Callable[[str, int, int], None]
 
-Weights = Literal["auto", "bf16", "f16", "f32", "fp8", "mxfp4"]
+Weights = Literal["auto", "bf16", "f16", "f32", "fp8", "mxfp4", "int8", "int4"]
+Activations = Literal["auto", "int16", "int8", "f32"]
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
     """How the engine runs a model.
 
-    weights: format of the expert weights; "auto" takes them as they are stored. Naming a format asserts that it is the
-        stored one.
+    weights: format of the expert weights. "int8" and "int4" convert them once, into a pack on disk. "auto" takes them
+        as they are stored if that fits in memory, else "int8", else "int4"; experts stored as MXFP4 are put into
+        another order, losslessly. Naming any other format asserts that it is the stored one.
     threads: CPU threads for the expert kernels; None takes the physical cores that this process may use.
     memory_limit: bytes that the model may take of this machine's memory; None takes what is free.
     gemm_rows: tokens per expert from which on torch's matrix product runs an expert instead of our kernels. The
         kernels are made to read weights once for a few tokens; a GEMM has the arithmetic for many. None takes the
-        measured crossover.
+        measured crossover. Packed experts always run through our kernels.
+    activations: precision of activations in products with packed weights; see `PackedExpertKernel`.
+    pack_dir: folder for packs; None takes a folder in the user's cache.
 
     Raises OptionError for values out of bounds.
     """
@@ -31,10 +37,15 @@ class Options:
     threads: int | None = None
     memory_limit: int | None = None
     gemm_rows: int | None = None
+    activations: Activations = "auto"
+    pack_dir: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
-        if self.weights not in get_args(Weights):
-            raise OptionError(f"weights={self.weights!r} is not one of {', '.join(get_args(Weights))}")
+        for name, known in (("weights", get_args(Weights)), ("activations", get_args(Activations))):
+            if getattr(self, name) not in known:
+                raise OptionError(f"{name}={getattr(self, name)!r} is not one of {', '.join(known)}")
+        if self.pack_dir is not None and (not isinstance(self.pack_dir, str | os.PathLike) or not str(self.pack_dir)):
+            raise OptionError(f"pack_dir={self.pack_dir!r} is not the name of a folder")
         for name in ("threads", "memory_limit", "gemm_rows"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):

@@ -220,7 +220,7 @@ def test_dtype_can_be_chosen(folder: Path) -> None:
     assert difference.mean() < 0.02 * logits(plain).abs().mean()
 
 
-@pytest.mark.parametrize("format_", ["int4", "", None, 4])
+@pytest.mark.parametrize("format_", ["int5", "", None, 4])
 def test_unknown_weights_are_refused(format_: object, folder: Path) -> None:
     with pytest.raises(moe_offload.OptionError, match="is not one of auto, bf16"):
         moe_offload.load(folder, weights=format_)  # type: ignore[arg-type]
