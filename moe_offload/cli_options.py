@@ -75,8 +75,25 @@ Threads = Annotated[
 Weights = Annotated[
     str,
     typer.Option(
-        metavar="[auto|bf16|f16|f32|fp8|mxfp4]",
-        help="Format of the experts; auto: as stored.",
+        metavar="[auto|int8|int4|bf16|f16|f32|fp8|mxfp4]",
+        help="Format of the experts. int8 and int4 convert them once and keep them on disk; "
+        "auto: as stored if that fits in memory, else int8, else int4.",
+        rich_help_panel=_RUNNING,
+    ),
+]
+Activations = Annotated[
+    str,
+    typer.Option(
+        metavar="[auto|int16|int8|f32]",
+        help="Precision of activations where experts are quantised; f32 is exact and slower.",
+        rich_help_panel=_RUNNING,
+    ),
+]
+PackDir = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Where converted experts are kept, instead of the user's cache folder.",
         rich_help_panel=_RUNNING,
     ),
 ]

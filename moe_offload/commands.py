@@ -1,4 +1,4 @@
-"""The commands generate, chat and info: their options, checked, and handed on.
+"""The commands generate, chat, convert and info: their options, checked, and handed on.
 
 torch and transformers are imported by a command when it runs, not with this module.
 """
@@ -62,6 +62,8 @@ def generate(
     weights: cli_options.Weights = "auto",
     dtype: cli_options.Dtype = "auto",
     memory_limit: cli_options.MemoryLimit = None,
+    activations: cli_options.Activations = "auto",
+    pack_dir: cli_options.PackDir = None,
     attn_implementation: cli_options.AttnImplementation = None,
     revision: cli_options.Revision = None,
     as_json: cli_options.Json = False,
@@ -70,7 +72,7 @@ def generate(
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, greedy, seed, max_new_tokens)
     options = ModelOptions(
         model, weights, dtype, threads, cli_options.parse_size(memory_limit), attn_implementation,
-        revision, verbose, show_progress=not as_json,
+        revision, verbose, show_progress=not as_json, activations=activations, pack_dir=pack_dir,
     )  # fmt: skip
     text = _prompt(prompt, prompt_file)
     opened = open_model(options)
@@ -99,6 +101,8 @@ def chat(
     weights: cli_options.Weights = "auto",
     dtype: cli_options.Dtype = "auto",
     memory_limit: cli_options.MemoryLimit = None,
+    activations: cli_options.Activations = "auto",
+    pack_dir: cli_options.PackDir = None,
     attn_implementation: cli_options.AttnImplementation = None,
     revision: cli_options.Revision = None,
     as_json: cli_options.Json = False,
@@ -107,7 +111,7 @@ def chat(
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, greedy, seed, max_new_tokens)
     options = ModelOptions(
         model, weights, dtype, threads, cli_options.parse_size(memory_limit), attn_implementation,
-        revision, verbose, show_progress=not as_json,
+        revision, verbose, show_progress=not as_json, activations=activations, pack_dir=pack_dir,
     )  # fmt: skip
     _require_text(system, "--system")
     opened = open_model(options)
@@ -116,20 +120,56 @@ def chat(
     return converse(opened, sampling, system=system, as_json=as_json)
 
 
+@app.command(
+    help="Convert a model's experts to fewer bits, once, into a file that later runs map.\n\n"
+    "generate and chat do it by themselves when they need to; they find the file by what the model holds. "
+    "What was interrupted goes on where it stopped. Prints the file's name."
+)
+def convert(
+    model: cli_options.Model,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", "--pack-dir", metavar="FOLDER", help="Where to put it, instead of the cache folder."
+        ),
+    ] = None,
+    weights: cli_options.Weights = "auto",
+    threads: cli_options.Threads = None,
+    memory_limit: cli_options.MemoryLimit = None,
+    revision: cli_options.Revision = None,
+    as_json: cli_options.Json = False,
+    verbose: cli_options.Verbose = False,
+) -> int:
+    options = ModelOptions(
+        model, weights, threads=threads, memory_limit=cli_options.parse_size(memory_limit), revision=revision,
+        verbose=verbose, show_progress=not as_json, pack_dir=output,
+    )  # fmt: skip
+    folder = find_folder(options)
+    import_libraries(options)
+    from moe_offload.convert_model import convert_model
+
+    return convert_model(options, folder, as_json=as_json)
+
+
 @app.command(help="Show what a model is and what it needs, without loading its weights.")
 def info(
     model: cli_options.Model,
+    memory_limit: cli_options.MemoryLimit = None,
+    pack_dir: cli_options.PackDir = None,
     revision: cli_options.Revision = None,
     as_json: cli_options.Json = False,
     verbose: cli_options.Verbose = False,
 ) -> None:
-    options = ModelOptions(model, revision=revision, verbose=verbose, show_progress=not as_json)
+    options = ModelOptions(
+        model, memory_limit=cli_options.parse_size(memory_limit), revision=revision, verbose=verbose,
+        show_progress=not as_json, pack_dir=pack_dir,
+    )  # fmt: skip
     folder = find_folder(options, shards=False)
     import_libraries(options)
     from moe_offload.report import make_report
     from moe_offload.report_table import print_report
 
-    report = make_report(model, folder)
+    report = make_report(model, folder, options.engine_options())
     if as_json:
         terminal.write(json.dumps(report.to_dict(), ensure_ascii=False, indent=2) + "\n")
     else:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 from moe_offload import terminal
 from moe_offload.model_folder import find_model
 from moe_offload.models.errors import OptionError
-from moe_offload.options import Options, Weights
-from moe_offload.progress import Activity
+from moe_offload.options import Activations, Options, Progress, Weights
+from moe_offload.progress import BYTES, Activity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -30,15 +30,25 @@ class ModelOptions:
     revision: str | None = None
     verbose: bool = False
     show_progress: bool = True
+    activations: str = "auto"
+    pack_dir: Path | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise OptionError(f"--dtype {self.dtype} is not one of {', '.join(DTYPES)}")
         if self.threads is not None and self.threads < 1:
             raise OptionError(f"--threads {self.threads} is out of bounds: it must be at least 1")
-        if self.weights not in get_args(Weights):
-            raise OptionError(f"--weights {self.weights} is not one of {', '.join(get_args(Weights))}")
-        Options(cast(Weights, self.weights), self.threads, self.memory_limit)
+        for name, known in (("weights", get_args(Weights)), ("activations", get_args(Activations))):
+            if getattr(self, name) not in known:
+                raise OptionError(f"--{name} {getattr(self, name)} is not one of {', '.join(known)}")
+        self.engine_options()
+
+    def engine_options(self) -> Options:
+        """Those of them that are the engine's."""
+        return Options(
+            cast(Weights, self.weights), self.threads, self.memory_limit,
+            activations=cast(Activations, self.activations), pack_dir=self.pack_dir,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +76,6 @@ class OpenedModel:
             def on_tensors(factory: Any, args: Any, kwargs: Any) -> Any:
                 return _Counted(*args, activity=activity, **kwargs)
 
-            def on_kernels(what: str, done: int, total: int) -> None:
-                activity.update(f"compiling kernels ({what})", done, total, "kernels")
-
             hook = logging.set_tqdm_hook(on_tensors)
             try:
                 model = load(
@@ -78,11 +85,22 @@ class OpenedModel:
                     memory_limit=options.memory_limit,
                     dtype=DTYPES[options.dtype],
                     attn_implementation=options.attn_implementation,
-                    progress=on_kernels,
+                    activations=cast(Activations, options.activations),
+                    pack_dir=options.pack_dir,
+                    progress=showing(activity),
                 )
             finally:
                 logging.set_tqdm_hook(hook)
         return model, time.perf_counter() - started
+
+
+def showing(activity: Activity) -> Progress:
+    """Tells `activity` what `load` reports."""
+
+    def report(what: str, done: int, total: int) -> None:
+        activity.update(what, done, total, "kernels" if what.startswith("compiling") else BYTES)
+
+    return report
 
 
 def open_model(options: ModelOptions) -> OpenedModel:

@@ -24,6 +24,9 @@ from rich.table import Column
 from rich.text import Text
 
 from moe_offload import terminal
+from moe_offload.memory import format_bytes
+
+BYTES = "bytes"  # the unit that is shown as MB or GB
 
 _DELAY = 1.0  # seconds before a line appears: nobody wants a flicker
 _PERIOD = 0.1
@@ -90,9 +93,10 @@ def _pace(done: float, total: float | None, unit: str, seconds: float) -> str:
     """How much of how much, how fast on the whole, and how long that leaves."""
     if not total:
         return ""
-    text = f"{done:.0f}/{total:.0f} {unit}"
+    text = f"{format_bytes(done)} of {format_bytes(total)}" if unit == BYTES else f"{done:.0f}/{total:.0f} {unit}"
     if done and seconds:
-        text += f", {done / seconds:.3g}/s, {(total - done) * seconds / done:.0f} s left"
+        rate = f"{done / seconds / 1e9:.3g} GB" if unit == BYTES else f"{done / seconds:.3g}"
+        text += f", {rate}/s, {(total - done) * seconds / done:.0f} s left"
     return text
 
 

@@ -4,12 +4,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from moe_offload.conversion import PackFormat, StoredExperts
+from moe_offload.convert_model import other_bytes
 from moe_offload.loading import read_config
-from moe_offload.memory import Memory, detect_memory
+from moe_offload.memory import Memory, detect_memory, memory_room
 from moe_offload.models.checkpoint import Checkpoint
 from moe_offload.models.expert_weights import locate_experts
 from moe_offload.models.safetensors_header import DTYPE_BITS
 from moe_offload.models.spec import BITS_PER_WEIGHT, MoeSpec, build_skeleton
+from moe_offload.options import Options
+from moe_offload.packs import find_pack
+from moe_offload.weight_choice import WeightChoice, choose_weights
 
 # Formats to compare, widest first. What is not an expert stays in 16 bits in all of them.
 FORMATS = ("bf16", "int8", "int4", "mxfp4")
@@ -27,6 +32,16 @@ class FormatSize:
     total_bytes: int
     bytes_per_token: int  # of expert weights, for one token alone
     fit: Fit
+
+
+@dataclass(frozen=True, slots=True)
+class PackFile:
+    """The experts converted to one format: the file that is there, or that would be made."""
+
+    format: str
+    path: str
+    bytes: int
+    is_there: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +64,9 @@ class Report:
     spec: MoeSpec
     stored: Stored | None  # None: only the configuration is here
     formats: tuple[FormatSize, ...]
+    packs: tuple[PackFile, ...]
+    automatic: str  # the format that weights="auto" takes now
+    reason: str  # why it does
     memory: Memory
 
     def to_dict(self) -> dict[str, Any]:
@@ -73,13 +91,16 @@ class Report:
             "shared_expert_params": spec.shared_expert_params,
             "stored": asdict(self.stored) if self.stored else None,
             "formats": [asdict(each) for each in self.formats],
+            "packs": [asdict(each) for each in self.packs],
+            "auto": self.automatic,
             "memory_total": self.memory.total,
             "memory_available": self.memory.available,
         }
 
 
-def make_report(name: str, folder: Path) -> Report:
-    """Read what is needed of the model `name`, which is in `folder`.
+def make_report(name: str, folder: Path, options: Options) -> Report:
+    """Read what is needed of the model `name`, which is in `folder`; `options` say where packs are and how much memory
+    there is.
 
     Raises as `load` does for what is wrong with it.
     """
@@ -87,9 +108,13 @@ def make_report(name: str, folder: Path) -> Report:
     skeleton = build_skeleton(config)
     spec = MoeSpec.from_hf(config, skeleton)
     checkpoint = _checkpoint(folder)
-    stored = None
+    stored, packs = None, ()
+    choice = WeightChoice(None)
     if checkpoint is not None:
         located = locate_experts(skeleton, checkpoint, spec)
+        stored_experts = StoredExperts(spec, checkpoint, located)
+        choice = choose_weights("auto", stored_experts, other_bytes(spec), memory_room(options.memory_limit))
+        packs = _packs(stored_experts, options)
         keys = set().union(*(weights.keys for weights in located.values()))
         records = checkpoint.records
         experts = sum(record.nbytes for key, record in records.items() if key in keys)
@@ -110,7 +135,17 @@ def make_report(name: str, folder: Path) -> Report:
         )
         for each in names
     )  # fmt: skip
-    return Report(name, folder, spec, stored, formats, memory)
+    automatic = choice.packed or (stored.format if stored is not None else "")
+    return Report(name, folder, spec, stored, formats, packs, automatic, choice.reason, memory)
+
+
+def _packs(experts: StoredExperts, options: Options) -> tuple[PackFile, ...]:
+    """The packs that can be made of a model's experts."""
+    formats: list[PackFormat] = ["int8", "int4"]
+    if experts.formats == ("mxfp4",):
+        formats.append("mxfp4")
+    caches = [(each, find_pack(experts, each, options)) for each in formats]
+    return tuple(PackFile(each, str(cache.path), cache.plan.size, cache.is_there()) for each, cache in caches)
 
 
 def fit(expert_bytes: int, other_bytes: int, memory: Memory) -> Fit:

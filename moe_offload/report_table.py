@@ -1,6 +1,7 @@
 """`moe-offload info` for human eyes."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich import box
 from rich.console import Console, Group
@@ -61,6 +62,13 @@ def _facts(report: Report) -> Table:
             f"{format_bytes(stored.expert_bytes)} experts, "
             f"{format_bytes(stored.non_expert_bytes)} other",
         )
+        table.add_row("weights auto", report.reason)
+        packs = (
+            f"{each.format} here ({format_bytes(each.bytes)})" if each.is_there
+            else f"{each.format} would need {format_bytes(each.bytes)}"
+            for each in report.packs
+        )  # fmt: skip
+        table.add_row("converted", f"{', '.join(packs)}, in {Path(report.packs[0].path).parent}")
     return table
 
 
