@@ -70,7 +70,5 @@ def convert_model(options: ModelOptions, folder: Path, *, as_json: bool) -> int:
 
 
 def _nothing_to_do(choice: WeightChoice, experts: StoredExperts) -> str:
-    why = f" ({choice.reason})" if choice.reason else ""
-    return (
-        f"there is nothing to convert: the experts stay {', '.join(experts.formats)}{why}; give --weights int8 or int4"
-    )
+    why = choice.reason or f"{', '.join(experts.formats)} is how they are stored"
+    return f"there is nothing to convert ({why}): give --weights int8 or int4"

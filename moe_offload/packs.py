@@ -14,13 +14,17 @@ from moe_offload.weight_choice import WeightChoice
 logger = logging.getLogger(__name__)
 
 
+def pack_folder(options: Options) -> Path:
+    """Where packs are looked for and made."""
+    return default_folder() if options.pack_dir is None else Path(options.pack_dir).expanduser()
+
+
 def find_pack(
     experts: StoredExperts, format_: PackFormat, options: Options, progress: Progress | None = None
 ) -> PackCache:
     """The place of these experts' pack; nothing is made. Raises CheckpointError when the checkpoint cannot be read."""
     plan = experts.plan(format_)
-    folder = default_folder() if options.pack_dir is None else Path(options.pack_dir).expanduser()
-    path = pack_path(folder, experts.spec.model_type, format_, plan)
+    path = pack_path(pack_folder(options), experts.spec.model_type, format_, plan)
     return PackCache(path, plan, options.threads or default_threads(), progress)
 
 

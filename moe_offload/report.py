@@ -13,7 +13,7 @@ from moe_offload.models.expert_weights import locate_experts
 from moe_offload.models.safetensors_header import DTYPE_BITS
 from moe_offload.models.spec import BITS_PER_WEIGHT, MoeSpec, build_skeleton
 from moe_offload.options import Options
-from moe_offload.packs import find_pack
+from moe_offload.packs import find_pack, pack_folder
 from moe_offload.weight_choice import WeightChoice, choose_weights
 
 # Formats to compare, widest first. What is not an expert stays in 16 bits in all of them.
@@ -36,12 +36,11 @@ class FormatSize:
 
 @dataclass(frozen=True, slots=True)
 class PackFile:
-    """The experts converted to one format: the file that is there, or that would be made."""
+    """The experts converted to one format: the file that is there, or that would be made (`path` None)."""
 
     format: str
-    path: str
     bytes: int
-    is_there: bool
+    path: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +64,7 @@ class Report:
     stored: Stored | None  # None: only the configuration is here
     formats: tuple[FormatSize, ...]
     packs: tuple[PackFile, ...]
+    pack_dir: Path
     automatic: str  # the format that weights="auto" takes now
     reason: str  # why it does
     memory: Memory
@@ -92,6 +92,7 @@ class Report:
             "stored": asdict(self.stored) if self.stored else None,
             "formats": [asdict(each) for each in self.formats],
             "packs": [asdict(each) for each in self.packs],
+            "pack_dir": str(self.pack_dir),
             "auto": self.automatic,
             "memory_total": self.memory.total,
             "memory_available": self.memory.available,
@@ -136,7 +137,7 @@ def make_report(name: str, folder: Path, options: Options) -> Report:
         for each in names
     )  # fmt: skip
     automatic = choice.packed or (stored.format if stored is not None else "")
-    return Report(name, folder, spec, stored, formats, packs, automatic, choice.reason, memory)
+    return Report(name, folder, spec, stored, formats, packs, pack_folder(options), automatic, choice.reason, memory)
 
 
 def _packs(experts: StoredExperts, options: Options) -> tuple[PackFile, ...]:
@@ -145,7 +146,9 @@ def _packs(experts: StoredExperts, options: Options) -> tuple[PackFile, ...]:
     if experts.formats == ("mxfp4",):
         formats.append("mxfp4")
     caches = [(each, find_pack(experts, each, options)) for each in formats]
-    return tuple(PackFile(each, str(cache.path), cache.plan.size, cache.is_there()) for each, cache in caches)
+    return tuple(
+        PackFile(each, cache.plan.size, str(cache.path) if cache.is_there() else None) for each, cache in caches
+    )
 
 
 def fit(expert_bytes: int, other_bytes: int, memory: Memory) -> Fit:

@@ -1,7 +1,6 @@
 """`moe-offload info` for human eyes."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich import box
 from rich.console import Console, Group
@@ -64,11 +63,11 @@ def _facts(report: Report) -> Table:
         )
         table.add_row("weights auto", report.reason)
         packs = (
-            f"{each.format} here ({format_bytes(each.bytes)})" if each.is_there
+            f"{each.format} here ({format_bytes(each.bytes)})" if each.path
             else f"{each.format} would need {format_bytes(each.bytes)}"
             for each in report.packs
         )  # fmt: skip
-        table.add_row("converted", f"{', '.join(packs)}, in {Path(report.packs[0].path).parent}")
+        table.add_row("converted", f"{', '.join(packs)}, in {report.pack_dir}")
     return table
 
 
