@@ -26,7 +26,7 @@ CHUNK = 64  # rows of an expert taken at once: their integers, 4 KB each for H =
 RUN = 8  # blocks of a matrix computed before its partner's: 290 KB of int4, H = 2048; a multiple of every group
 # With more rows than this an expert is bound by arithmetic, and the second plane would double it.
 AUTO_ROWS = 4
-_BOTH_PLANES = {"auto": AUTO_ROWS, "int16": 1 << 62, "int8": 0, "f32": 0}
+BOTH_PLANES = {"auto": AUTO_ROWS, "int16": 1 << 62, "int8": 0, "f32": 0}
 _compiling = threading.Lock()
 
 
@@ -170,10 +170,10 @@ class PackedExpertKernel:
             word.MIDDLE_BYTES: self._middle_bytes,
             word.UP_RECORDS: up.records,
             word.DOWN_RECORDS: down.records,
-            word.ALPHA: _float_bits(activation.alpha),
-            word.LIMIT: _float_bits(activation.limit),
+            word.ALPHA: float_bits(activation.alpha),
+            word.LIMIT: float_bits(activation.limit),
             word.CHUNK: CHUNK,
-            word.BOTH_PLANES: _BOTH_PLANES[activations],
+            word.BOTH_PLANES: BOTH_PLANES[activations],
         }
         self._constants = np.array([constants[key] for key in sorted(constants)], np.int64)
         self._shares: dict[tuple[int, int], _Shares] = {}
@@ -235,5 +235,5 @@ class PackedExpertKernel:
         return shares
 
 
-def _float_bits(value: float) -> int:
+def float_bits(value: float) -> int:
     return int.from_bytes(struct.pack("<f", value), "little")

@@ -20,22 +20,14 @@ from moe_offload.cpu_kernels.activations import make_activate
 from moe_offload.cpu_kernels.atomics import fetch_add, wait_for_count
 from moe_offload.cpu_kernels.jit import native, specialised
 from moe_offload.cpu_kernels.layout import ActivationKind
-from moe_offload.cpu_kernels.memory import (
-    TYPE_CODES,
-    add_elements,
-    add_scaled,
-    load_f32,
-    load_i32,
-    load_i64,
-    prefetch_run,
-)
+from moe_offload.cpu_kernels.memory import load_f32, load_i32, load_i64, prefetch_run
 from moe_offload.cpu_kernels.packed_layout import WIDTH, ZERO_POINT, PackedMatrix
 from moe_offload.cpu_kernels.panel import make_panel
 from moe_offload.cpu_kernels.target import Target
+from moe_offload.cpu_kernels.vector_ops import add_scaled, add_vector
 
 LARGEST_TILE = 8
 HEAD = 2048  # bytes of the next run of memory that are asked for before it is begun
-_F32 = TYPE_CODES["f32"]
 
 
 def make_product(key: str, layout: PackedMatrix, arithmetic: Arithmetic, target: Target) -> Any:
@@ -131,9 +123,9 @@ def make_packed_job(
                 gate, up = local + t * step, ups + t * step
                 bias = 4 * WIDTH * start
                 if gated and load_i64(record + 24) != 0:
-                    add_elements(gate, 1, outputs, load_i64(record + 24) + bias, 1, _F32)
+                    add_vector(gate, outputs, load_i64(record + 24) + bias)
                 if load_i64(record + 32) != 0:
-                    add_elements(up, 1, outputs, load_i64(record + 32) + bias, 1, _F32)
+                    add_vector(up, outputs, load_i64(record + 32) + bias)
                 activate(gate, up, gate, outputs, alpha, limit)
                 row = load_i64(load_i64(args + word.MIDDLES) + 8 * (begin + t))
                 quantise(gate, outputs, row, middle_padded, WIDTH * start, filled)
@@ -166,7 +158,7 @@ def make_packed_job(
                 for t in range(tokens):
                     y = local + t * step
                     if down_bias != 0:
-                        add_elements(y, 1, columns, down_bias + 4 * WIDTH * start, 1, _F32)
+                        add_vector(y, columns, down_bias + 4 * WIDTH * start)
                     token = load_i32(tokens_at + 4 * (begin + t))
                     weight = load_f32(weights_at + 4 * (begin + t))
                     add_scaled(out + 4 * token * hidden, columns, y, weight)

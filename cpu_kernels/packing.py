@@ -19,8 +19,8 @@ from moe_offload.cpu_kernels.jit import native
 from moe_offload.cpu_kernels.kernel_cache import compiled
 from moe_offload.cpu_kernels.packed_layout import WIDTH, ZERO_POINT, PackedMatrix
 
-# What the largest magnitude of a group is divided by, in turn; measured on normal weights, more change the error by less
-# than half a percent.
+# What the largest magnitude of a group is divided by, in turn; measured on normal weights, more change the error by
+# less than half a percent.
 _INT4_DIVISORS = np.array([-8.0, -7.0, -8.6, -7.5, -6.4, 7.0, 7.5, 6.5, -9.2], np.float32)
 _FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 HALF_MAX = 65504.0

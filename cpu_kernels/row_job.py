@@ -18,7 +18,7 @@ def _most_tokens(target: Target) -> int:
     return 4 if target.registers >= 32 else 2
 
 
-def _make_tiles(key: str, dtype: WeightType, target: Target) -> tuple[Any, Any]:
+def make_tiles(key: str, dtype: WeightType, target: Target) -> tuple[Any, Any]:
     """Dot products of four weight rows, or of one, with any number of tokens."""
     lanes = target.lanes
     most = _most_tokens(target)
@@ -61,17 +61,11 @@ def _make_tiles(key: str, dtype: WeightType, target: Target) -> tuple[Any, Any]:
     return four, one
 
 
-def make_row_job(
-    key: str, dtype: WeightType, gated: bool, kind: ActivationKind, target: Target
-) -> Callable[[int, int], None]:
-    """The job function `(thread, args)`; `key` names this specialisation."""
-    size = ELEMENT_BYTES[dtype]
-    four, one = _make_tiles(key, dtype, target)
-    activate = make_activate(kind, gated, 1, target.lanes)
+def make_matrix(key: str, four: Any, one: Any) -> Any:
+    """(weights, stride, rows, xs, tokens, depth, to, step): to[t][r] = weights[r] . x[t], in four streams."""
 
     @specialised(key)
     def matrix(weights: int, stride: int, rows: int, xs: int, tokens: int, depth: int, to: int, step: int) -> None:
-        """to[t][r] = weights[r] . x[t]: four streams."""
         quarter = rows // 4
         gap = quarter * stride
         for r in range(quarter):
@@ -82,6 +76,18 @@ def make_row_job(
             four(a, b, gap, xs, tokens, depth, to_a, to_b, 4 * quarter, step, step)
         for r in range(4 * quarter, rows):
             one(weights + r * stride, xs, tokens, depth, to + 4 * r, step)
+
+    return matrix
+
+
+def make_row_job(
+    key: str, dtype: WeightType, gated: bool, kind: ActivationKind, target: Target
+) -> Callable[[int, int], None]:
+    """The job function `(thread, args)`; `key` names this specialisation."""
+    size = ELEMENT_BYTES[dtype]
+    four, one = make_tiles(key, dtype, target)
+    matrix = make_matrix(key, four, one)
+    activate = make_activate(kind, gated, 1, target.lanes)
 
     @specialised(key)
     def two_matrices(
