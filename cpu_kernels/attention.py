@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 from moe_offload.cpu_kernels import attention_block as word
 from moe_offload.cpu_kernels.attention_block import JobShape, lines
 from moe_offload.cpu_kernels.attention_job import make_attention_job
-from moe_offload.cpu_kernels.attention_rows import CACHE_BYTES, CacheType, Rows
+from moe_offload.cpu_kernels.attention_rows import CACHE_BYTES, CacheType, Rows, has_pair_dots
 from moe_offload.cpu_kernels.attention_softmax import LOG2E
-from moe_offload.cpu_kernels.attention_tile import has_pair_dots
 from moe_offload.cpu_kernels.kernel_cache import compile_job, compiled
 from moe_offload.cpu_kernels.memory import store_i64
 from moe_offload.cpu_kernels.target import current_target
@@ -40,8 +39,12 @@ class AttentionShape:
     """The attention of one layer. Hq is a multiple of Hkv, the query heads of a KV head follow each other.
 
     `window`: positions that a query sees, its own included; 0 = all. `scale` multiplies the scores;
-    None = 1 / sqrt(D). `q_is_bf16` promises that queries are bf16 values widened to f32: with a
-    bf16 cache, CPUs that multiply bf16 pairs then do so (the low 16 bits of queries are ignored).
+    None = 1 / sqrt(D).
+
+    Two promises let CPUs that multiply bf16 pairs do so, on a bf16 cache: `q_is_bf16`, that queries
+    are bf16 values widened to f32 (their low 16 bits are ignored, nothing is lost), and
+    `bf16_weights`, that the softmax's weights may be rounded to bf16 before they meet the values, as
+    torch does in bf16 models; the rounded weights still add up to 1.
     """
 
     q_heads: int
@@ -52,6 +55,7 @@ class AttentionShape:
     window: int = 0
     scale: float | None = None
     q_is_bf16: bool = False
+    bf16_weights: bool = False
 
     def __post_init__(self) -> None:
         if min(self.q_heads, self.kv_heads, self.head_size, self.value_size) < 1:
@@ -130,7 +134,9 @@ def _fill(
 @cache
 def _job(shape: JobShape) -> Any:
     sizes = f"{shape.queries}x{shape.keys.width}x{shape.values.width}"
-    key = f"attention-{shape.keys.dtype}-{sizes}{'-pairs' if shape.pairs else ''}"
+    key = (
+        f"attention-{shape.keys.dtype}-{sizes}{'-pair-scores' * shape.pair_scores}{'-pair-values' * shape.pair_values}"
+    )
     return compile_job(make_attention_job(key, shape, current_target()), "void(int64,int64)", key)
 
 
@@ -146,9 +152,11 @@ class DecodeAttention:
     def __init__(self, shape: AttentionShape) -> None:
         target = current_target()
         rows = [Rows(shape.dtype, width, target.lanes) for width in (shape.head_size, shape.value_size)]
-        pairs = shape.q_is_bf16 and shape.dtype == "bf16" and has_pair_dots(target)
+        pairs = shape.dtype == "bf16" and has_pair_dots(target)
         self.shape = shape
-        self._job_shape = JobShape(shape.q_heads // shape.kv_heads, rows[0], rows[1], pairs)
+        self._job_shape = JobShape(
+            shape.q_heads // shape.kv_heads, rows[0], rows[1], pairs and shape.q_is_bf16, pairs and shape.bf16_weights
+        )
         self._factor = int.from_bytes(struct.pack("<f", shape.factor * LOG2E), "little")
         self._compiled: Any = None
 

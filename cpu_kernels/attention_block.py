@@ -67,7 +67,8 @@ class JobShape:
     queries: int  # query heads of a KV head
     keys: Rows
     values: Rows
-    pairs: bool  # scores by products of bf16 pairs
+    pair_scores: bool  # by products of bf16 pairs of a row
+    pair_values: bool  # by products of bf16 pairs of neighbouring positions
 
     @property
     def groups(self) -> int:
@@ -97,7 +98,7 @@ class JobShape:
     @property
     def query_bytes(self) -> int:
         """A query, prepared for the products."""
-        return self.keys.float_bytes // (2 if self.pairs else 1)
+        return self.keys.float_bytes // (2 if self.pair_scores else 1)
 
     @property
     def output_bytes(self) -> int:

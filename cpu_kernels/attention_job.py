@@ -66,10 +66,10 @@ def make_attention_job(key: str, shape: JobShape, target: Target) -> Callable[[i
     keys, values, lanes = shape.keys, shape.values, target.lanes
     queries, groups, group, wide = shape.queries, shape.groups, shape.group, shape.wide
     scaled = keys.dtype == "int8"
-    prepare_query = make_prepare(keys, shape.pairs)
-    scores_of = make_scores(keys, wide, shape.pairs, values, target)
-    softmax = make_softmax(wide, lanes, scaled)
-    add_values = make_values(values, group, wide, keys, target)
+    prepare_query = make_prepare(keys, shape.pair_scores)
+    scores_of = make_scores(keys, wide, shape.pair_scores, values, target)
+    softmax = make_softmax(wide, lanes, scaled, shape.pair_values)
+    add_values = make_values(values, group, wide, shape.pair_values, keys, target)
     weigh = make_weigh(wide, lanes)
     mix = make_mix(values, 4 * shape.state_lanes)
     ask = make_ask(keys)

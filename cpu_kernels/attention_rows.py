@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from moe_offload.cpu_kernels.emit import F32, I8, I16, I32, Emitter, Value, vector
+from moe_offload.cpu_kernels.target import Target
 from moe_offload.cpu_kernels.weights import load_weights
 
 LINE = 64
@@ -73,6 +74,17 @@ class Rows:
         bits = assemble(em, I16, self.slice_width, count, lambda n, at: em.load(vector(I16, n), address, 2 * at))
         return em.b.bitcast(bits, vector(I32, self.lanes))
 
+    def load_two(self, em: Emitter, first: Value, second: Value | None, count: int) -> list[Value]:
+        """The same slice of two rows of bf16, in pairs (first, second) of equal elements: two <lanes x i32>.
+
+        Without a second row zeros stand for it.
+        """
+        a = self.load_pairs(em, first, count)
+        b = em.const(a.type, 0) if second is None else self.load_pairs(em, second, count)
+        half, high = em.const(a.type, 16), em.const(a.type, -65536)
+        even = em.b.or_(em.b.and_(a, em.const(a.type, 65535)), em.b.shl(b, half))
+        return [even, em.b.or_(em.b.lshr(a, half), em.b.and_(b, high))]
+
     def from_natural(self, em: Emitter, halves: list[Value]) -> list[Value]:
         """Two vectors in natural order, brought into this type's."""
         if self.dtype != "bf16":
@@ -90,6 +102,16 @@ class Rows:
         """Ask for a row's cache lines that begin in [start, stop), in bytes, into L2."""
         for offset in range(-(-start // LINE) * LINE, min(stop, self.row_bytes), LINE):
             em.prefetch(row, offset, locality=2)
+
+
+def has_pair_dots(target: Target) -> bool:
+    """vdpbf16ps: products of bf16 pairs, added up in f32."""
+    return target.lanes == 16 and "+avx512bf16" in target.features.split(",")
+
+
+def add_pairs(em: Emitter, a: Value, b: Value, c: Value) -> Value:
+    """c[i] + a[2i] * b[2i] + a[2i + 1] * b[2i + 1]: bf16 pairs as <16 x i32>, sums <16 x f32>."""
+    return em.call("llvm.x86.avx512bf16.dpbf16ps.512", c.type, [c, a, b])
 
 
 def load_floats(em: Emitter, dtype: CacheType, address: Value, count: int, lanes: int) -> list[Value]:

@@ -39,6 +39,12 @@ def exp2(em: Emitter, x: Value) -> Value:
     return b.fmul(value, b.bitcast(power, kind))
 
 
+def round_to_bf16(em: Emitter, x: Value) -> Value:
+    """The nearest f32 of 8 significant bits (|x| < 2^111), by Veltkamp's splitting: NaN stays NaN."""
+    large = em.b.fmul(x, em.const(x.type, 65537.0))
+    return em.b.fsub(large, em.b.fsub(large, x))
+
+
 def state_lanes(wide: int, lanes: int) -> int:
     """f32 lanes of a greatest score (or sum of weights) of `wide` queries."""
     return max(wide, lanes)
@@ -62,13 +68,15 @@ def _greater(em: Emitter, candidate: Value, value: Value) -> Value:
     return em.b.select(em.b.fcmp_ordered(">", candidate, value), candidate, value)
 
 
-def make_softmax(wide: int, lanes: int, scaled: bool) -> Any:
+def make_softmax(wide: int, lanes: int, scaled: bool, pairs: bool) -> Any:
     """Intrinsic (scores, n, state, corrections, scales): scores to weights, in place.
 
     scores f32 [n][wide], up to whole vectors; corrections f32 [state_lanes]: what sums and outputs
     so far have been multiplied with (sums here, outputs by the caller). `scaled`: weights are
-    multiplied with scales f32 [n] after they are summed.
+    multiplied with scales f32 [n] after they are summed. `pairs`: weights are rounded to bf16 before
+    they are summed, and stored as [n / 2][wide] pairs of neighbouring positions.
     """
+    assert not pairs or (lanes > wide and not scaled)
     parts = state_lanes(wide, lanes) // lanes
     per_vector = max(1, lanes // wide)
     floats = vector(F32, lanes)
@@ -94,11 +102,21 @@ def make_softmax(wide: int, lanes: int, scaled: bool) -> Any:
             after = []
             for part, at in enumerate(places(j)):
                 weight = exp2(em, em.b.fsub(em.load(floats, at), now[part]))
+                if pairs:
+                    weight = round_to_bf16(em, weight)
                 after.append(em.b.fadd(so_far[part], weight))
                 if scaled:
                     weight = em.b.fmul(weight, spread(j))
-                em.store(weight, at)
+                if pairs:
+                    em.store(in_pairs(weight), em.add(scores, em.mul(j, 2 * wide)))  # behind what is still to be read
+                else:
+                    em.store(weight, at)
             return after
+
+        def in_pairs(weight: Value) -> Value:
+            bits = em.b.bitcast(weight, vector(I32, lanes))
+            even, odd = (em.shuffle(bits, bits, [i for i in range(lanes) if i // wide % 2 == half]) for half in (0, 1))
+            return em.b.or_(em.b.lshr(even, em.const(even.type, 16)), odd)
 
         def spread(j: Value) -> Value:
             few = em.load(vector(F32, per_vector), scales, em.mul(j, 4))
@@ -112,7 +130,7 @@ def make_softmax(wide: int, lanes: int, scaled: bool) -> Any:
             em.store(sums[part], sums_at, 4 * lanes * part)
             em.store(factors[part], corrections, 4 * lanes * part)
 
-    return micro_kernel(f"attention_softmax_{wide}_{lanes}_{scaled}", "iiiii:v", emit)
+    return micro_kernel(f"attention_softmax_{wide}_{lanes}_{scaled}_{pairs}", "iiiii:v", emit)
 
 
 def make_weigh(wide: int, lanes: int) -> Any:

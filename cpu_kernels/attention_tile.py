@@ -12,16 +12,11 @@ Scores lie as [position][query], queries filled up to a power of two.
 from collections.abc import Sequence
 from typing import Any
 
-from moe_offload.cpu_kernels.attention_rows import Rows, load_floats
+from moe_offload.cpu_kernels.attention_rows import Rows, add_pairs, load_floats
 from moe_offload.cpu_kernels.emit import F32, I16, I32, I64, Emitter, Value, ir, micro_kernel, vector
 from moe_offload.cpu_kernels.target import Target
 
 MINUS_INFINITY = float("-inf")
-
-
-def has_pair_dots(target: Target) -> bool:
-    """vdpbf16ps: products of bf16 pairs, added up in f32."""
-    return target.lanes == 16 and "+avx512bf16" in target.features.split(",")
 
 
 def tile_shape(wide: int, target: Target) -> tuple[int, int]:
@@ -115,7 +110,7 @@ def make_scores(rows: Rows, wide: int, pairs: bool, ahead: Rows, target: Target)
 
         def multiply(a: Value, b: Value, c: Value) -> Value:
             if pairs:
-                return em.call(f"llvm.x86.avx512bf16.dpbf16ps.{32 * lanes}", floats, [c, a, b])
+                return add_pairs(em, a, b, c)
             return em.fma(a, b, c)
 
         def tile(j: Value, last: bool) -> None:

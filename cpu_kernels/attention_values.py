@@ -5,10 +5,11 @@ keeps the outputs of several queries for a stripe of some slices in registers ov
 block, so each element of V is widened once for all of them.
 """
 
+from functools import partial
 from typing import Any
 
-from moe_offload.cpu_kernels.attention_rows import Rows, store_floats
-from moe_offload.cpu_kernels.emit import F32, Emitter, Value, micro_kernel, vector
+from moe_offload.cpu_kernels.attention_rows import Rows, add_pairs, store_floats
+from moe_offload.cpu_kernels.emit import F32, I32, Emitter, Value, micro_kernel, vector
 from moe_offload.cpu_kernels.target import Target
 
 
@@ -20,16 +21,18 @@ def _stripes(rows: Rows, queries: int, target: Target) -> tuple[int, list[range]
     return together, [range(s, min(s + wide, rows.slices)) for s in range(0, rows.slices, wide)]
 
 
-def make_values(rows: Rows, queries: int, wide: int, ahead: Rows, target: Target) -> Any:
+def make_values(rows: Rows, queries: int, wide: int, pairs: bool, ahead: Rows, target: Target) -> Any:
     """Intrinsic (weights, v, step, n, out, corrections, k, k_step).
 
     out[r] = corrections[r] * out[r] + sum over j < n of weights[j][r] * V[j], V's rows `step` bytes
-    apart. weights f32 [n][wide]; out f32 [queries][rows.float_bytes], in the order of V's slices.
+    apart. weights f32 [n][wide], or bf16 `pairs` of positions [n / 2][wide]; out f32
+    [queries][rows.float_bytes], in the order of V's slices.
     Meanwhile n rows at k (as `ahead` describes them, k_step apart) are asked for.
     """
     lanes = target.lanes
     together, stripes = _stripes(rows, queries, target)
     prefetch_bytes = -(-ahead.row_bytes // len(stripes))
+    together_rows, sort = (2, I32) if pairs else (1, F32)
 
     def emit(
         em: Emitter,
@@ -43,9 +46,16 @@ def make_values(rows: Rows, queries: int, wide: int, ahead: Rows, target: Target
         k_step: Value,
     ) -> None:
         floats = vector(F32, lanes)
+        multiply = partial(add_pairs, em) if pairs else em.fma
 
         def place(r: int, number: int, half: int) -> int:
             return r * rows.float_bytes + (number * rows.slice_width + half * lanes) * 4
+
+        def load(rows_at: list[Value], number: int) -> list[Value]:
+            at = [em.add(row, number * rows.slice_bytes) for row in rows_at]
+            if pairs:
+                return rows.load_two(em, at[0], at[1] if len(at) > 1 else None, rows.count(number))
+            return rows.load(em, at[0], rows.count(number))
 
         for number_of_stripe, stripe in enumerate(stripes):
             for first in range(0, queries, together):
@@ -54,34 +64,38 @@ def make_values(rows: Rows, queries: int, wide: int, ahead: Rows, target: Target
                 factors = {r: em.splat(em.load(F32, corrections, 4 * r), floats) for r in some}
                 outputs = [em.b.fmul(em.load(floats, out, place(*at)), factors[at[0]]) for at in kept]
 
-                def add_row(
-                    j: Value,
-                    outputs: list[Value],
+                def add_rows(
+                    count: int,
                     stripe: range = stripe,
                     some: range = some,
                     asks: int | None = number_of_stripe if first == 0 else None,
-                ) -> list[Value]:
-                    if asks is not None:
-                        ahead_row = em.add(k, em.mul(j, k_step))
-                        ahead.prefetch(em, ahead_row, asks * prefetch_bytes, (asks + 1) * prefetch_bytes)
-                    row, weights_at = em.add(v, em.mul(j, step)), em.add(weights, em.mul(j, 4 * wide))
-                    elements = [
-                        part
-                        for number in stripe
-                        for part in rows.load(em, em.add(row, number * rows.slice_bytes), rows.count(number))
-                    ]
-                    after = []
-                    for r in some:
-                        weight = em.splat(em.load(F32, weights_at, 4 * r), floats)
-                        for part in elements:
-                            after.append(em.fma(weight, part, outputs[len(after)]))
-                    return after
+                ) -> Any:
+                    def add(j: Value, sums: list[Value]) -> list[Value]:
+                        places = [em.add(j, t) for t in range(count)]
+                        if asks is not None:
+                            for place in places:
+                                row = em.add(k, em.mul(place, k_step))
+                                ahead.prefetch(em, row, asks * prefetch_bytes, (asks + 1) * prefetch_bytes)
+                        rows_at = [em.add(v, em.mul(place, step)) for place in places]
+                        weights_at = em.add(weights, em.mul(j, (2 if pairs else 4) * wide))
+                        elements = [part for number in stripe for part in load(rows_at, number)]
+                        after: list[Value] = []
+                        for r in some:
+                            weight = em.splat(em.load(sort, weights_at, 4 * r), vector(sort, lanes))
+                            for element in elements:
+                                after.append(multiply(weight, element, sums[len(after)]))
+                        return after
 
-                outputs = em.loop(0, n, 1, outputs, add_row)
+                    return add
+
+                whole = em.floor_to(n, together_rows)
+                outputs = em.loop(0, whole, together_rows, outputs, add_rows(together_rows))
+                if pairs:
+                    outputs = em.loop(whole, n, 1, outputs, add_rows(1))
                 for at, value in zip(kept, outputs, strict=True):
                     em.store(value, out, place(*at))
 
-    name = f"attention_values_{rows.dtype}_{rows.width}_{queries}_{wide}_{ahead.row_bytes}"
+    name = f"attention_values_{rows.dtype}_{rows.width}_{queries}_{wide}_{pairs}_{ahead.row_bytes}"
     return micro_kernel(name, "iiiiiiii:v", emit)
 
 
