@@ -18,6 +18,7 @@ load_i64 = micro_kernel("load_i64", "i:i", lambda em, address: em.load(I64, addr
 load_i32 = micro_kernel("load_i32", "i:h", lambda em, address: em.load(I32, address))
 load_f32 = micro_kernel("load_f32", "i:f", lambda em, address: em.load(F32, address))
 store_i64 = micro_kernel("store_i64", "ii:v", _store)
+store_i32 = micro_kernel("store_i32", "hi:v", _store)
 store_f32 = micro_kernel("store_f32", "fi:v", _store)
 _load_bf16 = micro_kernel("load_bf16", "i:f", lambda em, a: load_weights(em, "bf16", 1, a))
 _load_f16 = micro_kernel("load_f16", "i:f", lambda em, a: load_weights(em, "f16", 1, a))
