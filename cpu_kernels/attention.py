@@ -72,7 +72,7 @@ class AttentionShape:
         return self.head_size**-0.5 if self.scale is None else self.scale
 
 
-@compiled(f"void({', '.join(['int64'] * 26)})")
+@compiled(f"void({', '.join(['int64'] * 27)})")
 def _fill(
     args: int,
     queries: int,
@@ -85,6 +85,7 @@ def _fill(
     key_scales: int,
     value_scales: int,
     batch: int,
+    threads: int,
     kv_heads: int,
     window: int,
     factor: int,
@@ -113,6 +114,7 @@ def _fill(
     store_i64(key_scales, args + word.KEY_SCALES)
     store_i64(value_scales, args + word.VALUE_SCALES)
     store_i64(batch, args + word.BATCH)
+    store_i64(threads, args + word.THREADS)
     store_i64(kv_heads, args + word.KV_HEADS)
     store_i64(window, args + word.WINDOW)
     store_i64(factor, args + word.FACTOR)
@@ -212,7 +214,7 @@ class DecodeAttention:
         slots = local + threads * shape.local_bytes
         _fill(
             args, queries, keys, values, out, lengths, starts, sinks, key_scales, value_scales,
-            batch, self.shape.kv_heads, self.shape.window, self._factor,
+            batch, threads, self.shape.kv_heads, self.shape.window, self._factor,
             *key_strides, *value_strides, *scale_strides, counters, local, slots, local,
         )  # fmt: skip
 

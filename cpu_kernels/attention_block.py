@@ -13,11 +13,11 @@ from moe_offload.cpu_kernels.attention_rows import Rows
 LINE = 64
 BLOCK = 64  # positions between two looks at the greatest score: a block's K and V stay in L2
 TILE = 16  # most positions of a tile: by so much buffers of a block are longer
-LEAST_CHUNK = 256  # positions of a job
+LEAST_CHUNK = 512  # positions of a job
 MOST_CHUNKS = 64  # of a sequence; beyond that chunks grow
 MOST_QUERIES = 8  # taken at once; of more, groups take turns
 
-# counters: jobs given out, jobs finished
+# counters: runs of jobs given out, jobs finished
 NEXT, DONE = 0, LINE
 
 (
@@ -31,6 +31,7 @@ NEXT, DONE = 0, LINE
     KEY_SCALES,  # f32, positions contiguous (int8 only)
     VALUE_SCALES,  # likewise
     BATCH,  # B
+    THREADS,  # of the team: how long the runs are
     KV_HEADS,  # Hkv
     WINDOW,  # positions that a query sees, its own included; 0 = all
     FACTOR,  # f32 bits: what scores are multiplied with, log2(e) included
@@ -45,7 +46,7 @@ NEXT, DONE = 0, LINE
     COUNTERS,  # int64 [B, Hkv]: chunks finished; 0 between launches, the last chunk sees to it
     LOCAL,  # each thread's own memory
     SLOTS,  # each job's result
-) = range(2 * LINE, 2 * LINE + 24 * 8, 8)
+) = range(2 * LINE, 2 * LINE + 25 * 8, 8)
 
 BYTES = (SLOTS + 8 + LINE - 1) // LINE * LINE
 

@@ -1,8 +1,9 @@
 """Decode attention as one job for the thread team.
 
-A job is (sequence, KV head, chunk of its visible positions). A thread takes the next number from a
-shared counter, computes the softmax over its chunk block by block, and leaves the unfinished
-outputs, greatest scores and sums in the job's slot. Whoever finishes the last chunk of a KV head
+A job is (sequence, KV head, chunk of its visible positions). A thread takes the next run of jobs
+from a shared counter (neighbours in memory, so that what is read ahead at a chunk's end is not
+lost), computes the softmax over each chunk block by block, and leaves the unfinished outputs,
+greatest scores and sums in the job's slot. Whoever finishes the last chunk of a KV head
 puts its chunks together in ascending order: no second phase, no thread is waited for by number.
 Where chunks begin depends on the sequence alone, so the bits of a result depend neither on the
 number of threads nor on who did what.
@@ -14,12 +15,15 @@ from itertools import accumulate
 from moe_offload.cpu_kernels import attention_block as word
 from moe_offload.cpu_kernels.atomics import exchange, fetch_add, wait_for_count
 from moe_offload.cpu_kernels.attention_block import BLOCK, LEAST_CHUNK, MOST_CHUNKS, JobShape
+from moe_offload.cpu_kernels.attention_memory import make_ask, make_copy, make_set
 from moe_offload.cpu_kernels.attention_softmax import LEAST, LOG2E, make_softmax, make_weigh
 from moe_offload.cpu_kernels.attention_tile import make_prepare, make_scores
-from moe_offload.cpu_kernels.attention_values import make_ask, make_mix, make_values
+from moe_offload.cpu_kernels.attention_values import make_mix, make_values
 from moe_offload.cpu_kernels.jit import native, specialised
-from moe_offload.cpu_kernels.memory import clear, load_f32, load_i64, store_f32
+from moe_offload.cpu_kernels.memory import load_f32, load_i64, store_f32
 from moe_offload.cpu_kernels.target import Target
+
+RUNS_PER_THREAD = 8
 
 
 @native
@@ -55,12 +59,6 @@ def _chunks(args: int, sequence: int) -> int:
     return max(1, (visible + positions - 1) // positions)
 
 
-@native
-def _copy(source: int, to: int, count: int) -> None:
-    for i in range(count):
-        store_f32(load_f32(source + 4 * i), to + 4 * i)
-
-
 def make_attention_job(key: str, shape: JobShape, target: Target) -> Callable[[int, int], None]:
     """The job `(thread, args)`, to be compiled as "void(int64,int64)" under the name `key`."""
     keys, values, lanes = shape.keys, shape.values, target.lanes
@@ -72,7 +70,7 @@ def make_attention_job(key: str, shape: JobShape, target: Target) -> Callable[[i
     add_values = make_values(values, group, wide, shape.pair_values, keys, target)
     weigh = make_weigh(wide, lanes)
     mix = make_mix(values, 4 * shape.state_lanes)
-    ask = make_ask(keys)
+    ask, fill, copy = make_ask(keys), make_set(lanes), make_copy(lanes)
     depth, width, row_bytes = keys.width, values.width, values.float_bytes
     query_bytes, output_bytes = shape.query_bytes, shape.output_bytes
     state_lanes, state_bytes = shape.state_lanes, shape.state_bytes
@@ -89,16 +87,17 @@ def make_attention_job(key: str, shape: JobShape, target: Target) -> Callable[[i
             to = local + g * wide * query_bytes
             for r in range(there):
                 prepare_query(source + 4 * depth * (g * group + r), to + r * query_bytes)
-            clear(to + there * query_bytes, (wide - there) * query_bytes // 4)
+            fill(to + there * query_bytes, (wide - there) * query_bytes // 4, 0.0)
             state = slot + output_bytes + g * state_bytes
-            for i in range(state_lanes):
-                store_f32(LEAST, state + 4 * i)
-            clear(state + 4 * state_lanes, state_lanes)
-        clear(slot, output_bytes // 4)
+            fill(state, state_lanes, LEAST)
+            fill(state + 4 * state_lanes, state_lanes, 0.0)
+        fill(slot, output_bytes // 4, 0.0)
 
     @specialised(key)
-    def attend(args: int, local: int, slot: int, sequence: int, head: int, begin: int, end: int) -> None:
-        """The chunk of positions begin to end."""
+    def attend(
+        args: int, local: int, slot: int, sequence: int, head: int, begin: int, end: int, follows: bool, goes_on: bool
+    ) -> None:
+        """The chunk of positions begin to end; `follows`, `goes_on`: this thread did the one before, does the next."""
         k_step, v_step = load_i64(args + word.KEY_POSITION), load_i64(args + word.VALUE_POSITION)
         k = load_i64(args + word.KEYS) + begin * k_step
         k += sequence * load_i64(args + word.KEY_BATCH) + head * load_i64(args + word.KEY_HEAD)
@@ -106,14 +105,15 @@ def make_attention_job(key: str, shape: JobShape, target: Target) -> Callable[[i
         v += sequence * load_i64(args + word.VALUE_BATCH) + head * load_i64(args + word.VALUE_HEAD)
         at_scale = 4 * begin + sequence * load_i64(args + word.SCALE_BATCH) + head * load_i64(args + word.SCALE_HEAD)
         factor = load_f32(args + word.FACTOR)
-        ask(k, k_step, min(BLOCK, end - begin))
+        if not follows:
+            ask(k, k_step, min(BLOCK, end - begin))
         prepare(args, local, slot, sequence, head)
         while begin < end:
             n = min(BLOCK, end - begin)
-            following = k + n * k_step if begin + n < end else k
+            following = k + n * k_step if begin + n < end or goes_on else k
             if scaled:
-                _copy(load_i64(args + word.KEY_SCALES) + at_scale, local + at_key_scales, n)
-                _copy(load_i64(args + word.VALUE_SCALES) + at_scale, local + at_value_scales, n)
+                copy(load_i64(args + word.KEY_SCALES) + at_scale, local + at_key_scales, n)
+                copy(load_i64(args + word.VALUE_SCALES) + at_scale, local + at_value_scales, n)
             for g in range(groups):
                 prepared = local + g * wide * query_bytes
                 state = slot + output_bytes + g * state_bytes
@@ -153,26 +153,30 @@ def make_attention_job(key: str, shape: JobShape, target: Target) -> Callable[[i
             jobs += kv_heads * _chunks(args, sequence)
         sequence, before = 0, 0  # the sequence of this thread's last job, and the jobs before it
         chunks = _chunks(args, sequence) if jobs > 0 else 1
+        run = max(1, jobs // (RUNS_PER_THREAD * load_i64(args + word.THREADS)))
         while True:
-            job = fetch_add(args + word.NEXT, 1)
-            if job >= jobs:
+            start = run * fetch_add(args + word.NEXT, 1)
+            if start >= jobs:
                 break
-            while job >= before + kv_heads * chunks:
-                before += kv_heads * chunks
-                sequence += 1
-                chunks = _chunks(args, sequence)
-            head = (job - before) // chunks
-            chunk = job - before - head * chunks
-            visible = _visible(args, sequence)
-            positions = _chunk_positions(visible)
-            first = _first_position(args, sequence)
-            begin, end = first + chunk * positions, first + min(visible, (chunk + 1) * positions)
-            attend(args, local, slots + job * slot_bytes, sequence, head, begin, end)
-            counter = counters + 8 * (sequence * kv_heads + head)
-            if fetch_add(counter, 1) == chunks - 1:
-                exchange(counter, 0)  # ready for the next launch of the same block
-                combine(args, local, slots + (job - chunk) * slot_bytes, sequence, head, chunks)
-            fetch_add(args + word.DONE, 1)
+            stop = min(jobs, start + run)
+            for job in range(start, stop):
+                while job >= before + kv_heads * chunks:
+                    before += kv_heads * chunks
+                    sequence += 1
+                    chunks = _chunks(args, sequence)
+                head = (job - before) // chunks
+                chunk = job - before - head * chunks
+                visible = _visible(args, sequence)
+                positions = _chunk_positions(visible)
+                first = _first_position(args, sequence)
+                begin, end = first + chunk * positions, first + min(visible, (chunk + 1) * positions)
+                follows, goes_on = chunk > 0 and job > start, chunk + 1 < chunks and job + 1 < stop
+                attend(args, local, slots + job * slot_bytes, sequence, head, begin, end, follows, goes_on)
+                counter = counters + 8 * (sequence * kv_heads + head)
+                if fetch_add(counter, 1) == chunks - 1:
+                    exchange(counter, 0)  # ready for the next launch of the same block
+                    combine(args, local, slots + (job - chunk) * slot_bytes, sequence, head, chunks)
+                fetch_add(args + word.DONE, 1)
         wait_for_count(args + word.DONE, jobs)
 
     return run

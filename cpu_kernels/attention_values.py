@@ -123,16 +123,3 @@ def make_mix(rows: Rows, weight_bytes: int) -> Any:
             store_floats(em, rows.to_natural(em, sums), em.add(out, at), rows.count(number))
 
     return micro_kernel(f"attention_mix_{rows.dtype}_{rows.width}_{weight_bytes}", "iiiii:v", emit)
-
-
-def make_ask(rows: Rows) -> Any:
-    """Intrinsic (address, step, n): ask for n rows before a job needs them."""
-
-    def emit(em: Emitter, address: Value, step: Value, n: Value) -> None:
-        def ask(j: Value, _: list[Value]) -> list[Value]:
-            rows.prefetch(em, em.add(address, em.mul(j, step)), 0, rows.row_bytes)
-            return []
-
-        em.loop(0, n, 1, [], ask)
-
-    return micro_kernel(f"attention_ask_{rows.row_bytes}", "iii:v", emit)
