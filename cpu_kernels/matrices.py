@@ -47,7 +47,7 @@ class Norm(NamedTuple):
     bias: int = 0
 
 
-@compiled("void(int64, int64[::1], int64[:,::1], int64[::1], int64, int64, int64)")
+@compiled("void(int64, int64[::1], int64[:,::1], int64[::1], int64, int64, int64, int64)")
 def _fill(
     args: int,
     constants: NDArray[np.int64],
@@ -56,6 +56,7 @@ def _fill(
     tokens: int,
     x: int,
     x_step: int,
+    local: int,
 ) -> None:
     """The argument block and the lists behind it. `constants` from ENTRIES on; addresses in it are overwritten."""
     for counter in range(0, word.COUNTERS, LINE):
@@ -79,6 +80,7 @@ def _fill(
     if load_i64(args + word.NORM) != 0:
         at += (tokens * load_i64(args + word.COLS) * 4 + LINE - 1) // LINE * LINE
     store_i64(at, args + word.LOCAL)
+    store_i64(local, args + word.LOCAL_BYTES)
     store_i64(tokens, args + word.TOKENS)
     store_i64(x, args + word.X)
     store_i64(x_step, args + word.X_STEP)
@@ -87,6 +89,11 @@ def _fill(
 
 
 COMPILED = (_fill,)
+
+
+def _local_bytes(tokens: int) -> int:
+    """Each thread's own memory: a run of blocks for a chunk of tokens, and for tiles that reach behind it."""
+    return (min(CHUNK, tokens) + LARGEST_TILE) * 4 * WIDTH * RUN + LINE
 
 
 @cache
@@ -126,14 +133,12 @@ class MatrixKernel:
             word.PADDED: padded,
             word.RECORDS: records,
             word.ROW_BYTES: self._row_bytes,
-            word.LOCAL_BYTES: (CHUNK + LARGEST_TILE) * 4 * WIDTH * RUN + LINE,
             word.RUN: RUN,
             word.CHUNK: CHUNK,
             word.BOTH_PLANES: BOTH_PLANES[activations],
             word.ROUND: TYPE_CODES["f32"],
         }
         self._constants = np.array([constants[key] for key in sorted(constants)], np.int64)
-        self._local_bytes = constants[word.LOCAL_BYTES]
         self._cuts: dict[tuple[int, int], NDArray[np.int64]] = {}
         self._compiled: Any = None
 
@@ -154,7 +159,7 @@ class MatrixKernel:
         """Memory that `fill` needs."""
         size = word.BYTES + matrices * word.ENTRY_BYTES + 8 * (tokens + LARGEST_TILE) + 3 * LINE
         size += tokens * (self._row_bytes + (4 * self.cols if norm else 0))
-        return size + threads * self._local_bytes
+        return size + threads * _local_bytes(tokens)
 
     def fill(
         self,
@@ -188,7 +193,7 @@ class MatrixKernel:
             if norm is not None:
                 constants[at[word.NORM]], constants[at[word.NORM_BIAS]] = norm.weight, norm.bias
                 constants[at[word.EPSILON]] = float_bits(norm.epsilon)
-        _fill(args, constants, entries, cuts, tokens, x, x_step)
+        _fill(args, constants, entries, cuts, tokens, x, x_step, _local_bytes(tokens))
         return cuts
 
     def __call__(

@@ -17,7 +17,7 @@ from moe_offload.cpu_kernels.memory import load_i64, store_i64
 from moe_offload.cpu_kernels.packed_job import LARGEST_TILE, make_packed_job
 from moe_offload.cpu_kernels.packed_layout import WIDTH, ExpertRecord, PackedMatrix
 from moe_offload.cpu_kernels.target import current_target
-from moe_offload.cpu_kernels.team import Team
+from moe_offload.cpu_kernels.team import Team, aligned_bytes
 
 Activations = Literal["auto", "int16", "int8", "f32"]
 
@@ -123,6 +123,7 @@ def _fill(
 
 
 COMPILED = (_fill,)
+_GROUP_ARRAYS = ((0, np.int32), (1, np.int64), (0, np.int32), (0, np.float32))
 _MISTAKES = {
     1: "a group names an expert that the table has no row for",
     2: "the table has no address (0) for a matrix of an active expert",
@@ -220,6 +221,42 @@ class PackedExpertKernel:
             if mistake:
                 raise ValueError(_MISTAKES[mistake])
             team.launch(self._compiled.address, args)
+
+    @property
+    def job(self) -> int:
+        """Address of the compiled job, for a chain of stages."""
+        if self._compiled is None:
+            self.load()
+        address: int = self._compiled.address
+        return address
+
+    def prepare(
+        self,
+        table: NDArray[np.int64],
+        tokens: int,
+        choices: int,
+        hidden: NDArray[np.float32],
+        out: NDArray[np.float32],
+        threads: int,
+    ) -> tuple[NDArray[np.uint8], object]:
+        """The argument block of a stage whose groups are not known yet: a stage before it writes them (route.py).
+
+        Returns the block's memory, and what has to live as long. hidden, out [T, H] stay where they are.
+        """
+        rows = tokens * choices
+        run, _, first, second = self._shares_for(threads, min(rows, len(table)))
+        local = (min(CHUNK, tokens) + LARGEST_TILE) * 4 * WIDTH * RUN * (2 if self.record.gated else 1) + 2 * LINE
+        size = word.BYTES + 3 * LINE + (rows + LARGEST_TILE) * 16 + rows * self._middle_bytes
+        memory = aligned_bytes(size + tokens * self._row_bytes + threads * local)
+        groups = Groups(*(np.zeros(rows + extra, kind) for extra, kind in _GROUP_ARRAYS))
+        args = int(memory.ctypes.data)
+        mistake = _fill(
+            args, self._constants, table, groups.experts, groups.offsets, groups.tokens, groups.weights, hidden, out,
+            run, local, first, second,
+        )  # fmt: skip
+        if mistake:
+            raise ValueError(_MISTAKES[mistake])
+        return memory, (table, groups, first, second)
 
     def _shares_for(self, threads: int, active: int) -> _Shares:
         shares = self._shares.get((threads, active))
