@@ -18,7 +18,7 @@ from moe_offload.memory import memory_room, require_memory
 from moe_offload.models import experts_function
 from moe_offload.models.errors import OptionError
 from moe_offload.models.skeleton import Skeleton, SkeletonQuantizer
-from moe_offload.options import Activations, Options, Progress, Weights
+from moe_offload.options import Activations, Dense, Options, Progress, Weights
 from moe_offload.packs import open_pack
 from moe_offload.weight_choice import WeightChoice, choose_weights
 
@@ -42,6 +42,7 @@ class MoeOffloadConfig(QuantizationConfigMixin):  # type: ignore[misc]
         gemm_rows: int | None = None,
         activations: Activations = "auto",
         pack_dir: str | os.PathLike[str] | None = None,
+        dense: Dense = "auto",
         *,
         inner: dict[str, Any] | None = None,
         progress: Progress | None = None,
@@ -50,7 +51,7 @@ class MoeOffloadConfig(QuantizationConfigMixin):  # type: ignore[misc]
         if quant_method != METHOD:
             raise OptionError(f"quant_method={quant_method!r} is not {METHOD!r}")
         self.quant_method = METHOD
-        self.options = Options(weights, threads, memory_limit, gemm_rows, activations, pack_dir)
+        self.options = Options(weights, threads, memory_limit, gemm_rows, activations, pack_dir, dense)
         self.inner = inner
         self.progress = progress
 

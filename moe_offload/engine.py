@@ -11,22 +11,28 @@ A call comes from transformers, layer by layer, possibly from several threads (c
 
 import threading
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedModel
 
 from moe_offload.cpu_kernels.grouping import group_tokens
+from moe_offload.cpu_kernels.matrices import Matrix, MatrixKernel
 from moe_offload.cpu_kernels.processors import default_threads
 from moe_offload.cpu_layer import CpuLayer, PackedLayer
 from moe_offload.cpu_setup import make_layers, make_packed_layers, make_team
+from moe_offload.dense import pack_dense
 from moe_offload.memory import require_memory
 from moe_offload.models.experts_function import attach_handle, detach_handle
 from moe_offload.models.skeleton import Skeleton
 from moe_offload.models.spec import MoeSpec
-from moe_offload.options import Options, Progress
+from moe_offload.options import Dense, Options, Progress
 from moe_offload.statistics import Statistics
 from moe_offload.transfer.expert_pack import ExpertPack
 
@@ -70,6 +76,12 @@ class Engine:
             self._layers = make_packed_layers(skeleton, pack, options, self._team, progress)
         for path, layer in self._layers.items():
             attach_handle(model.get_submodule(path), _LayerHandle(self, layer))
+        wanted = ("stored" if pack is None else "int8") if options.dense == "auto" else options.dense
+        self._dense = None
+        if wanted != "stored":
+            self._dense = pack_dense(
+                model, skeleton, wanted, options.activations, self.threads, self.multiply, progress
+            )
 
     @property
     def spec(self) -> MoeSpec:
@@ -90,6 +102,11 @@ class Engine:
         return ", ".join(sorted({each.format for each in self._skeleton.weights.values()}))
 
     @property
+    def dense(self) -> Dense:
+        """Format of the linears outside of the experts: "int8", "int4" or "stored"."""
+        return "stored" if self._dense is None else self._dense.format
+
+    @property
     def pack(self) -> Path | None:
         """The file that converted experts are read from; None where they are read from the checkpoint."""
         return None if self._pack is None else self._pack.path
@@ -101,14 +118,30 @@ class Engine:
 
     def run(self, call: LayerCall) -> torch.Tensor:
         """The routed experts of one layer: [T, H] in, [T, H] out, in the input's dtype and on its device."""
-        with self._gate:
-            self._require_open()
-            self._calls += 1
-        try:
+        with self._in_flight():
             if call.hidden_states.requires_grad and torch.is_grad_enabled():
                 result: torch.Tensor = _NoBackward.apply(call.hidden_states, self, call)  # type: ignore[no-untyped-call]
                 return result
             return self._run(call)
+
+    def multiply(
+        self,
+        kernel: MatrixKernel,
+        matrices: Sequence[Matrix],
+        x: NDArray[np.float32],
+        outs: Sequence[NDArray[np.float32]],
+    ) -> None:
+        """Linears outside of the experts, on the engine's threads; see `MatrixKernel`."""
+        with self._in_flight():
+            kernel(matrices, x, outs, self._team)
+
+    @contextmanager
+    def _in_flight(self) -> Iterator[None]:
+        with self._gate:
+            self._require_open()
+            self._calls += 1
+        try:
+            yield
         finally:
             with self._gate:
                 self._calls -= 1
@@ -148,7 +181,10 @@ class Engine:
         self._require_open()
         model = self._model
         experts = self.spec.expert_params * self._dtype.itemsize
-        require_memory(experts, self.options.memory_limit, "the expert weights of the detached model")
+        dense = 0 if self._dense is None else self._dense.stored_bytes
+        require_memory(experts + dense, self.options.memory_limit, "the weights that the detached model needs")
+        if self._dense is not None:
+            self._dense.restore(model, self._skeleton)
         self._skeleton.restore(model, self._dtype)
         model.hf_quantizer.remove_quantization_config(model)
         for module in model.modules():

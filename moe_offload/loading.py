@@ -13,7 +13,7 @@ from moe_offload.model_folder import find_model
 from moe_offload.models.checkpoint import Checkpoint
 from moe_offload.models.errors import CheckpointError, MoeOffloadError, first_line
 from moe_offload.models.spec import model_class
-from moe_offload.options import Activations, Progress, Weights
+from moe_offload.options import Activations, Dense, Progress, Weights
 
 
 def load(
@@ -25,6 +25,7 @@ def load(
     gemm_rows: int | None = None,
     activations: Activations = "auto",
     pack_dir: str | os.PathLike[str] | None = None,
+    dense: Dense = "auto",
     dtype: Any = "auto",
     attn_implementation: str | None = None,
     device_map: Any = None,
@@ -37,10 +38,10 @@ def load(
     """Load a Mixture-of-Experts model, its expert weights mapped from the checkpoint, or from a pack of them quantised.
 
     model: a folder in Hugging Face format, the id of a model on the Hub, or "demo" for the model in this package.
-    weights, threads, memory_limit, gemm_rows, activations, pack_dir: see `Options`.
+    weights, threads, memory_limit, gemm_rows, activations, pack_dir, dense: see `Options`.
     dtype, attn_implementation, device_map, revision, token, cache_dir, local_files_only: as in transformers'
         `from_pretrained`.
-    progress: called with (what, done, total) while experts are converted (bytes) and kernels are compiled.
+    progress: called with (what, done, total) while weights are converted (bytes) and kernels are compiled.
 
     Returns the ordinary transformers model; `model.offload` is the engine (`spec`, `options`, `statistics`, `close()`).
 
@@ -55,7 +56,7 @@ def load(
         del config.quantization_config
         inner = inner if isinstance(inner, dict) else inner.to_dict()
     ours = MoeOffloadConfig(
-        weights, threads, memory_limit, gemm_rows, activations, pack_dir, inner=inner, progress=progress
+        weights, threads, memory_limit, gemm_rows, activations, pack_dir, dense, inner=inner, progress=progress
     )
     wanted = {"attn_implementation": attn_implementation, "device_map": device_map}
     try:

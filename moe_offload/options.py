@@ -13,6 +13,8 @@ Progress = Callable[[str, int, int], None]
 
 Weights = Literal["auto", "bf16", "f16", "f32", "fp8", "mxfp4", "int8", "int4"]
 Activations = Literal["auto", "int16", "int8", "f32"]
+DenseFormat = Literal["int8", "int4"]
+Dense = Literal["auto", "stored", "int8", "int4"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,8 @@ class Options:
         measured crossover. Packed experts always run through our kernels.
     activations: precision of activations in products with packed weights; see `PackedExpertKernel`.
     pack_dir: folder for packs; None takes a folder in the user's cache.
+    dense: format of the linears outside of the experts (attention, shared experts, dense layers, output head). "int8"
+        and "int4" convert them at every load; "auto" takes "int8" with experts from a pack, else leaves them as stored.
 
     Raises OptionError for values out of bounds.
     """
@@ -39,11 +43,12 @@ class Options:
     gemm_rows: int | None = None
     activations: Activations = "auto"
     pack_dir: str | os.PathLike[str] | None = None
+    dense: Dense = "auto"
 
     def __post_init__(self) -> None:
-        for name, known in (("weights", get_args(Weights)), ("activations", get_args(Activations))):
-            if getattr(self, name) not in known:
-                raise OptionError(f"{name}={getattr(self, name)!r} is not one of {', '.join(known)}")
+        for name, known in (("weights", Weights), ("activations", Activations), ("dense", Dense)):
+            if getattr(self, name) not in get_args(known):
+                raise OptionError(f"{name}={getattr(self, name)!r} is not one of {', '.join(get_args(known))}")
         if self.pack_dir is not None and (not isinstance(self.pack_dir, str | os.PathLike) or not str(self.pack_dir)):
             raise OptionError(f"pack_dir={self.pack_dir!r} is not the name of a folder")
         for name in ("threads", "memory_limit", "gemm_rows"):
