@@ -238,10 +238,10 @@ class PackedExpertKernel:
         hidden: NDArray[np.float32],
         out: NDArray[np.float32],
         threads: int,
-    ) -> tuple[NDArray[np.uint8], object]:
+    ) -> tuple[NDArray[np.uint8], Groups, object]:
         """The argument block of a stage whose groups are not known yet: a stage before it writes them (route.py).
 
-        Returns the block's memory, and what has to live as long. hidden, out [T, H] stay where they are.
+        Returns the block's memory, the groups, and what has to live as long. hidden, out [T, H] stay where they are.
         """
         rows = tokens * choices
         run, _, first, second = self._shares_for(threads, min(rows, len(table)))
@@ -256,7 +256,7 @@ class PackedExpertKernel:
         )  # fmt: skip
         if mistake:
             raise ValueError(_MISTAKES[mistake])
-        return memory, (table, groups, first, second)
+        return memory, groups, (table, first, second)
 
     def _shares_for(self, threads: int, active: int) -> _Shares:
         shares = self._shares.get((threads, active))

@@ -43,6 +43,7 @@ class MoeOffloadConfig(QuantizationConfigMixin):  # type: ignore[misc]
         activations: Activations = "auto",
         pack_dir: str | os.PathLike[str] | None = None,
         dense: Dense = "auto",
+        fused_decode: bool = True,
         *,
         inner: dict[str, Any] | None = None,
         progress: Progress | None = None,
@@ -51,7 +52,7 @@ class MoeOffloadConfig(QuantizationConfigMixin):  # type: ignore[misc]
         if quant_method != METHOD:
             raise OptionError(f"quant_method={quant_method!r} is not {METHOD!r}")
         self.quant_method = METHOD
-        self.options = Options(weights, threads, memory_limit, gemm_rows, activations, pack_dir, dense)
+        self.options = Options(weights, threads, memory_limit, gemm_rows, activations, pack_dir, dense, fused_decode)
         self.inner = inner
         self.progress = progress
 

@@ -22,9 +22,11 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedModel
 
+from moe_offload import decode_layer
 from moe_offload.cpu_kernels.grouping import group_tokens
 from moe_offload.cpu_kernels.matrices import Matrix, MatrixKernel
 from moe_offload.cpu_kernels.processors import default_threads
+from moe_offload.cpu_kernels.team import Team
 from moe_offload.cpu_layer import CpuLayer, PackedLayer
 from moe_offload.cpu_setup import make_layers, make_packed_layers, make_team
 from moe_offload.dense import pack_dense
@@ -76,17 +78,29 @@ class Engine:
             self._layers = make_packed_layers(skeleton, pack, options, self._team, progress)
         for path, layer in self._layers.items():
             attach_handle(model.get_submodule(path), _LayerHandle(self, layer))
-        wanted = ("stored" if pack is None else "int8") if options.dense == "auto" else options.dense
         self._dense = None
-        if wanted != "stored":
+        wanted = options.dense_format(pack is not None)
+        if wanted == "int8" or wanted == "int4":
             self._dense = pack_dense(
                 model, skeleton, wanted, options.activations, self.threads, self.multiply, progress
             )
+
+        self._fused = decode_layer.attach(self, model, self._layers) if options.fused_decode else []
 
     @property
     def spec(self) -> MoeSpec:
         """What the model is."""
         return self._skeleton.spec
+
+    @property
+    def team(self) -> Team:
+        """The threads."""
+        return self._team
+
+    @property
+    def fused_layers(self) -> int:
+        """Decoder layers whose decode step runs in one launch; the others run through transformers' modules."""
+        return len(self._fused)
 
     @property
     def threads(self) -> int:
@@ -118,7 +132,7 @@ class Engine:
 
     def run(self, call: LayerCall) -> torch.Tensor:
         """The routed experts of one layer: [T, H] in, [T, H] out, in the input's dtype and on its device."""
-        with self._in_flight():
+        with self.in_flight():
             if call.hidden_states.requires_grad and torch.is_grad_enabled():
                 result: torch.Tensor = _NoBackward.apply(call.hidden_states, self, call)  # type: ignore[no-untyped-call]
                 return result
@@ -132,11 +146,12 @@ class Engine:
         outs: Sequence[NDArray[np.float32]],
     ) -> None:
         """Linears outside of the experts, on the engine's threads; see `MatrixKernel`."""
-        with self._in_flight():
+        with self.in_flight():
             kernel(matrices, x, outs, self._team)
 
     @contextmanager
-    def _in_flight(self) -> Iterator[None]:
+    def in_flight(self) -> Iterator[None]:
+        """While this is entered, weights stay mapped and threads alive. Raises RuntimeError once closed."""
         with self._gate:
             self._require_open()
             self._calls += 1
@@ -172,6 +187,10 @@ class Engine:
         )
         return out.to(call.hidden_states.device, call.hidden_states.dtype)
 
+    def count_step(self, rows: int, experts: int, bytes_read: int) -> None:
+        """Count one layer of a fused decode step; its experts' share of the time is not known."""
+        self.statistics.add(rows=rows, experts=experts, torch_experts=0, bytes_read=bytes_read, seconds=0.0)
+
     def detach(self) -> PreTrainedModel:
         """Give the model back as a plain load would have made it: expert weights copied into parameters, no trace
         of the engine.
@@ -180,6 +199,7 @@ class Engine:
         """
         self._require_open()
         model = self._model
+        decode_layer.detach(self._fused)
         experts = self.spec.expert_params * self._dtype.itemsize
         dense = 0 if self._dense is None else self._dense.stored_bytes
         require_memory(experts + dense, self.options.memory_limit, "the weights that the detached model needs")
@@ -204,6 +224,7 @@ class Engine:
                 return
             self._closed = True
             self._gate.wait_for(lambda: self._calls == 0)
+        decode_layer.detach(self._fused)
         for path in self._layers:
             detach_handle(self._model.get_submodule(path))
         self._model.__dict__.pop("offload", None)

@@ -26,6 +26,7 @@ def load(
     activations: Activations = "auto",
     pack_dir: str | os.PathLike[str] | None = None,
     dense: Dense = "auto",
+    fused_decode: bool = True,
     dtype: Any = "auto",
     attn_implementation: str | None = None,
     device_map: Any = None,
@@ -38,7 +39,7 @@ def load(
     """Load a Mixture-of-Experts model, its expert weights mapped from the checkpoint, or from a pack of them quantised.
 
     model: a folder in Hugging Face format, the id of a model on the Hub, or "demo" for the model in this package.
-    weights, threads, memory_limit, gemm_rows, activations, pack_dir, dense: see `Options`.
+    weights, threads, memory_limit, gemm_rows, activations, pack_dir, dense, fused_decode: see `Options`.
     dtype, attn_implementation, device_map, revision, token, cache_dir, local_files_only: as in transformers'
         `from_pretrained`.
     progress: called with (what, done, total) while weights are converted (bytes) and kernels are compiled.
@@ -56,7 +57,16 @@ def load(
         del config.quantization_config
         inner = inner if isinstance(inner, dict) else inner.to_dict()
     ours = MoeOffloadConfig(
-        weights, threads, memory_limit, gemm_rows, activations, pack_dir, dense, inner=inner, progress=progress
+        weights,
+        threads,
+        memory_limit,
+        gemm_rows,
+        activations,
+        pack_dir,
+        dense,
+        fused_decode,
+        inner=inner,
+        progress=progress,
     )
     wanted = {"attn_implementation": attn_implementation, "device_map": device_map}
     try:

@@ -33,6 +33,8 @@ class Options:
     pack_dir: folder for packs; None takes a folder in the user's cache.
     dense: format of the linears outside of the experts (attention, shared experts, dense layers, output head). "int8"
         and "int4" convert them at every load; "auto" takes "int8" with experts from a pack, else leaves them as stored.
+    fused_decode: run a decode step's layers in one launch each where the architecture is known (decode_modules.py);
+        False leaves every layer to transformers' modules.
 
     Raises OptionError for values out of bounds.
     """
@@ -44,6 +46,13 @@ class Options:
     activations: Activations = "auto"
     pack_dir: str | os.PathLike[str] | None = None
     dense: Dense = "auto"
+    fused_decode: bool = True
+
+    def dense_format(self, packed: bool) -> Dense:
+        """What `dense` comes to: "stored", "int8" or "int4"; `packed`: whether the experts are read from a pack."""
+        if self.dense != "auto":
+            return self.dense
+        return "int8" if packed else "stored"
 
     def __post_init__(self) -> None:
         for name, known in (("weights", Weights), ("activations", Activations), ("dense", Dense)):

@@ -1,0 +1,201 @@
+"""The fused decode step: a decoder layer's forward in one launch, for one new token of each of a few sequences.
+
+transformers' own modules cost about 250 us of Python per layer and token. `DecodeLayer` stands in the place of a
+layer's `forward` (an attribute of the instance, over the class's method) and hands whatever is no such step to
+the original: prefill, training, gradients, hooks, another kind of cache, a mask with holes, LoRA's modules in the place
+of the linears, torch.compile. Parameters stay the model's; a changed one is noticed by its address and version.
+
+Arithmetic is in f32, and rounded to the model's type where the modules round: after norms, projections, rotary
+embedding and residuals.
+"""
+
+import copy
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+from transformers.cache_utils import DynamicLayer
+
+from moe_offload.cpu_layer import PackedLayer
+from moe_offload.decode_modules import LAYER_CLASSES, WEIGHT_TYPES, Snapshot, read_attention, read_norm, read_router
+from moe_offload.decode_plan import LayerPlan, StepBuffers, source_of
+from moe_offload.decode_step import StepInputs
+from moe_offload.kv_room import fill_to, make_room
+
+MOST_SEQUENCES = 64  # beyond that Python's share is small, and torch's own modules do
+_KNOWN_ARGUMENTS = frozenset(
+    ("attention_mask", "position_ids", "past_key_values", "use_cache", "position_embeddings", "cache_position")
+)
+_ATTENTIONS = ("sdpa", "eager")
+
+
+class DecodeModel:
+    """What the decode layers of one model share: buffers per number of tokens, and the current step's inputs."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        self.inputs = StepInputs()
+        self._buffers: dict[tuple[int, ...], StepBuffers] = {}
+
+    def buffers(self, *sizes: int) -> StepBuffers:
+        if sizes not in self._buffers:
+            self._buffers[sizes] = StepBuffers(*sizes)
+        return self._buffers[sizes]
+
+
+class DecodeLayer:
+    """Stands for a decoder layer's `forward`."""
+
+    def __init__(self, shared: DecodeModel, layer: Any, experts: PackedLayer | None) -> None:
+        self.shared, self.layer, self.experts = shared, layer, experts
+        self._snapshot = Snapshot()
+        self._plans: dict[tuple[Any, ...], LayerPlan | None] = {}
+
+    @cached_property
+    def _index(self) -> int:
+        return int(self.layer.self_attn.layer_idx)
+
+    @cached_property
+    def _inner(self) -> list[nn.Module]:
+        return list(self.layer.modules())[1:]
+
+    @cached_property
+    def _linears(self) -> dict[str, nn.Module | None]:
+        return {name: self.layer.self_attn._modules[name] for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "DecodeLayer":
+        """A copied model shares weights and threads, but not the memory that a step works in."""
+        return DecodeLayer(DecodeModel(self.shared.engine), copy.deepcopy(self.layer, memo), self.experts)
+
+    def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or not self._is_step(hidden_states, kwargs):
+            return self._original(hidden_states, *args, **kwargs)
+        cache = kwargs["past_key_values"].layers[self._index]
+        position = cache.keys.shape[2]
+        cos, sin = kwargs["position_embeddings"]
+        plan = self._plan(hidden_states, cache, cos)
+        if plan is None:
+            return self._original(hidden_states, **kwargs)
+        b = plan.buffers
+        with self.shared.engine.in_flight(), b.lock:
+            step = self.shared.inputs.of(kwargs["attention_mask"], cos, sin, len(hidden_states), position + 1)
+            if step is None:
+                return self._original(hidden_states, **kwargs)
+            keys, values = make_room(cache)
+            b.x_tensor.copy_(hidden_states[:, 0])
+            b.lengths[:] = position + 1
+            b.starts[:] = step.starts
+            plan.heads.point(step.cos_address, step.sin_address, step.cos_step)
+            plan.run(keys, values, position)
+            fill_to(cache, keys, values, position + 1)
+            if plan.whole:
+                self._count(plan)
+                return b.out_tensor.to(hidden_states.dtype, copy=True)[:, None]
+            after = b.after_tensor.to(hidden_states.dtype, copy=True)[:, None]
+        return self._block(after)
+
+    def _original(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self.layer).forward(self.layer, *args, **kwargs)
+
+    def _block(self, after: torch.Tensor) -> torch.Tensor:
+        """The second half of the layer, through its own modules."""
+        mixed = self.layer.mlp(self.layer.post_attention_layernorm(after))
+        result: torch.Tensor = after + (mixed[0] if isinstance(mixed, tuple) else mixed)
+        return result
+
+    def _is_step(self, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> bool:
+        if hidden_states.dim() != 3 or hidden_states.shape[1] != 1 or len(hidden_states) > MOST_SEQUENCES:
+            return False
+        if hidden_states.device.type != "cpu" or hidden_states.dtype not in WEIGHT_TYPES:
+            return False
+        if torch.is_grad_enabled() and (hidden_states.requires_grad or self.layer.training):
+            return False
+        if kwargs.keys() - _KNOWN_ARGUMENTS and any(
+            value is not None and value is not False for name, value in kwargs.items() if name not in _KNOWN_ARGUMENTS
+        ):
+            return False
+        if kwargs.get("position_embeddings") is None or "attention_mask" not in kwargs:
+            return False
+        if not self._plain_cache(kwargs.get("past_key_values"), hidden_states):
+            return False
+        attention = self.layer.self_attn
+        if attention.config._attn_implementation not in _ATTENTIONS or torch.compiler.is_compiling():
+            return False
+        if any(attention._modules.get(name) is not module for name, module in self._linears.items()):
+            return False
+        if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+            return False
+        return not any(m._forward_hooks or m._forward_pre_hooks for m in self._inner)
+
+    def _plain_cache(self, cache: Any, hidden_states: torch.Tensor) -> bool:
+        layers = getattr(cache, "layers", None)
+        if layers is None or self._index >= len(layers) or getattr(cache, "offloading", False):
+            return False
+        layer = layers[self._index]
+        if type(layer) is not DynamicLayer or not layer.is_initialized:
+            return False
+        keys = layer.keys
+        return keys.dim() == 4 and len(keys) == len(hidden_states) and keys.shape[2] > 0 and keys.dtype in WEIGHT_TYPES
+
+    def _plan(self, hidden_states: torch.Tensor, cache: Any, cos: torch.Tensor) -> LayerPlan | None:
+        if not self._snapshot.holds():
+            self._plans.clear()
+            self._snapshot = Snapshot()
+        key = len(hidden_states), hidden_states.dtype, cache.keys.dtype, cos.shape[-1]
+        if key not in self._plans:
+            self._plans[key] = self._make_plan(hidden_states, cache, cos)
+        return self._plans[key]
+
+    def _make_plan(self, hidden_states: torch.Tensor, cache: Any, cos: torch.Tensor) -> LayerPlan | None:
+        layer, snapshot = self.layer, self._snapshot
+        modules = read_attention(layer, snapshot)
+        if modules is None:
+            return None
+        sources = [source_of(m, snapshot) for m in (*modules.projections, modules.output)]
+        found = [source for source in sources if source is not None]
+        if len(found) < 4 or len({(s.dtype, s.group) for s in found[:3]}) > 1:
+            return None
+        router = read_router(layer.mlp, snapshot) if self.experts is not None else None
+        after_norm = read_norm(layer.post_attention_layernorm, snapshot) if router is not None else None
+        heads = modules.heads
+        width = heads.head_size
+        buffers = self.shared.buffers(
+            len(hidden_states), hidden_states.shape[2], heads.q_heads * width, heads.kv_heads * width,
+            self.experts.num_experts if self.experts is not None else 0,
+        )  # fmt: skip
+        # gpt-oss gives each angle once, the others twice
+        half = cos.shape[-1] if type(layer).__name__ == "GptOssDecoderLayer" else cos.shape[-1] // 2
+        engine = self.shared.engine
+        return LayerPlan(
+            buffers, modules, found, router if after_norm is not None else None, self.experts, after_norm, half,
+            WEIGHT_TYPES[hidden_states.dtype], WEIGHT_TYPES[cache.keys.dtype], engine.options.activations,
+            engine.team,
+        )  # fmt: skip
+
+    def _count(self, plan: LayerPlan) -> None:
+        experts = plan.active_experts
+        assert self.experts is not None
+        self.shared.engine.count_step(plan.routed_rows, experts, experts * self.experts.bytes_per_expert)
+
+
+def attach(engine: Any, model: nn.Module, experts: Mapping[str, Any]) -> list[nn.Module]:
+    """Let the decode step run the decoder layers it knows; those it took. `experts`: by the path of their module."""
+    shared = DecodeModel(engine)
+    taken = []
+    for path, layer in model.named_modules():
+        if type(layer).__name__ in LAYER_CLASSES and "forward" not in layer.__dict__:
+            inside = [each for name, each in experts.items() if name.startswith(path + ".")]
+            packed = inside[0] if len(inside) == 1 and isinstance(inside[0], PackedLayer) else None
+            layer.__dict__["forward"] = DecodeLayer(shared, layer, packed)
+            taken.append(layer)
+    return taken
+
+
+def detach(layers: list[nn.Module]) -> None:
+    """Inverse of `attach`."""
+    for layer in layers:
+        if isinstance(layer.__dict__.get("forward"), DecodeLayer):
+            del layer.__dict__["forward"]

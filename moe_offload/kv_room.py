@@ -1,0 +1,60 @@
+"""Room to grow for a KV cache layer.
+
+transformers' DynamicLayer grows by concatenation: every token copies the whole cache (8 MB a layer at 4096 positions
+of 4 heads of 128 in bf16). Here the cache gets a buffer with room, and its `keys` and `values` are views of the part
+that is filled: the same contents, shapes and types, so that everything else that reads or changes the cache (crop,
+beam reordering, a prefill in between) goes on working. What it leaves behind is recognised by its address; anything
+that is not a view of the buffer any more is copied into a new one.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_ATTRIBUTE = "_moe_offload_room"
+_LEAST = 256  # positions
+
+
+@dataclass(slots=True)
+class _Room:
+    """`owner` is the cache layer: a shallow copy of it shares the attribute, but must not share the buffer."""
+
+    owner: Any
+    keys: torch.Tensor  # [B, Hkv, capacity, D]
+    values: torch.Tensor
+
+
+def make_room(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Buffers that hold the cache layer's keys and values at their beginning, and at least one position more."""
+    keys, values = layer.keys, layer.values
+    room: _Room | None = layer.__dict__.get(_ATTRIBUTE)
+    if room is not None and room.owner is layer:
+        if _begins(keys, room.keys) and _begins(values, room.values) and keys.shape[2] < room.keys.shape[2]:
+            return room.keys, room.values
+    length = keys.shape[2]
+    capacity = max(_LEAST, (length + length // 4) // 64 * 64 + 128)
+    room = _Room(layer, _roomy(keys, capacity), _roomy(values, capacity))
+    layer.__dict__[_ATTRIBUTE] = room
+    return room.keys, room.values
+
+
+def fill_to(layer: Any, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
+    """The first `length` positions of the buffers are the cache's content now."""
+    layer.keys, layer.values = keys[:, :, :length], values[:, :, :length]
+
+
+def _begins(view: torch.Tensor, buffer: torch.Tensor) -> bool:
+    return (
+        view.data_ptr() == buffer.data_ptr()
+        and view.stride() == buffer.stride()
+        and view.shape[:2] == buffer.shape[:2]
+        and view.shape[3] == buffer.shape[3]
+    )
+
+
+def _roomy(filled: torch.Tensor, capacity: int) -> torch.Tensor:
+    batch, heads, length, size = filled.shape
+    buffer = torch.empty((batch, heads, capacity, size), dtype=filled.dtype)
+    buffer[:, :, :length] = filled
+    return buffer
