@@ -89,6 +89,14 @@ Activations = Annotated[
         rich_help_panel=_RUNNING,
     ),
 ]
+Dense = Annotated[
+    str,
+    typer.Option(
+        metavar="[auto|stored|int8|int4]",
+        help="Format of linears outside of the experts; auto: int8 where experts are converted, else as stored.",
+        rich_help_panel=_RUNNING,
+    ),
+]
 PackDir = Annotated[
     Path | None,
     typer.Option(

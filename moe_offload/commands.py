@@ -64,6 +64,7 @@ def generate(
     memory_limit: cli_options.MemoryLimit = None,
     activations: cli_options.Activations = "auto",
     pack_dir: cli_options.PackDir = None,
+    dense: cli_options.Dense = "auto",
     attn_implementation: cli_options.AttnImplementation = None,
     revision: cli_options.Revision = None,
     as_json: cli_options.Json = False,
@@ -72,7 +73,7 @@ def generate(
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, greedy, seed, max_new_tokens)
     options = ModelOptions(
         model, weights, dtype, threads, cli_options.parse_size(memory_limit), attn_implementation,
-        revision, verbose, show_progress=not as_json, activations=activations, pack_dir=pack_dir,
+        revision, verbose, show_progress=not as_json, activations=activations, pack_dir=pack_dir, dense=dense,
     )  # fmt: skip
     text = _prompt(prompt, prompt_file)
     opened = open_model(options)
@@ -103,6 +104,7 @@ def chat(
     memory_limit: cli_options.MemoryLimit = None,
     activations: cli_options.Activations = "auto",
     pack_dir: cli_options.PackDir = None,
+    dense: cli_options.Dense = "auto",
     attn_implementation: cli_options.AttnImplementation = None,
     revision: cli_options.Revision = None,
     as_json: cli_options.Json = False,
@@ -111,7 +113,7 @@ def chat(
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, greedy, seed, max_new_tokens)
     options = ModelOptions(
         model, weights, dtype, threads, cli_options.parse_size(memory_limit), attn_implementation,
-        revision, verbose, show_progress=not as_json, activations=activations, pack_dir=pack_dir,
+        revision, verbose, show_progress=not as_json, activations=activations, pack_dir=pack_dir, dense=dense,
     )  # fmt: skip
     _require_text(system, "--system")
     opened = open_model(options)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 from moe_offload import terminal
 from moe_offload.model_folder import find_model
 from moe_offload.models.errors import OptionError
-from moe_offload.options import Activations, Options, Progress, Weights
+from moe_offload.options import Activations, Dense, Options, Progress, Weights
 from moe_offload.progress import BYTES, Activity
 
 if TYPE_CHECKING:
@@ -32,22 +32,23 @@ class ModelOptions:
     show_progress: bool = True
     activations: str = "auto"
     pack_dir: Path | None = None
+    dense: str = "auto"
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise OptionError(f"--dtype {self.dtype} is not one of {', '.join(DTYPES)}")
         if self.threads is not None and self.threads < 1:
             raise OptionError(f"--threads {self.threads} is out of bounds: it must be at least 1")
-        for name, known in (("weights", get_args(Weights)), ("activations", get_args(Activations))):
-            if getattr(self, name) not in known:
-                raise OptionError(f"--{name} {getattr(self, name)} is not one of {', '.join(known)}")
+        for name, known in (("weights", Weights), ("activations", Activations), ("dense", Dense)):
+            if getattr(self, name) not in get_args(known):
+                raise OptionError(f"--{name} {getattr(self, name)} is not one of {', '.join(get_args(known))}")
         self.engine_options()
 
     def engine_options(self) -> Options:
         """Those of them that are the engine's."""
         return Options(
             cast(Weights, self.weights), self.threads, self.memory_limit,
-            activations=cast(Activations, self.activations), pack_dir=self.pack_dir,
+            activations=cast(Activations, self.activations), pack_dir=self.pack_dir, dense=cast(Dense, self.dense),
         )  # fmt: skip
 
 
@@ -87,6 +88,7 @@ class OpenedModel:
                     attn_implementation=options.attn_implementation,
                     activations=cast(Activations, options.activations),
                     pack_dir=options.pack_dir,
+                    dense=cast(Dense, options.dense),
                     progress=showing(activity),
                 )
             finally:

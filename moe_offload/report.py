@@ -67,6 +67,7 @@ class Report:
     pack_dir: Path
     automatic: str  # the format that weights="auto" takes now
     reason: str  # why it does
+    dense: str  # what dense="auto" takes with it
     memory: Memory
 
     def to_dict(self) -> dict[str, Any]:
@@ -94,6 +95,7 @@ class Report:
             "packs": [asdict(each) for each in self.packs],
             "pack_dir": str(self.pack_dir),
             "auto": self.automatic,
+            "auto_dense": self.dense,
             "memory_total": self.memory.total,
             "memory_available": self.memory.available,
         }
@@ -137,7 +139,10 @@ def make_report(name: str, folder: Path, options: Options) -> Report:
         for each in names
     )  # fmt: skip
     automatic = choice.packed or (stored.format if stored is not None else "")
-    return Report(name, folder, spec, stored, formats, packs, pack_folder(options), automatic, choice.reason, memory)
+    dense = options.dense_format(choice.packed is not None)
+    return Report(
+        name, folder, spec, stored, formats, packs, pack_folder(options), automatic, choice.reason, dense, memory
+    )
 
 
 def _packs(experts: StoredExperts, options: Options) -> tuple[PackFile, ...]:

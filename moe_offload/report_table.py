@@ -17,6 +17,11 @@ _COLOURS = {
     "runs from disk": "yellow",
     "does not fit": "red",
 }
+_DENSE = {
+    "stored": "other linears as stored (int8 with --weights int8 or int4)",
+    "int8": "other linears (attention, shared experts, output head) converted to int8",
+    "int4": "other linears (attention, shared experts, output head) converted to int4",
+}
 _WIDTH = 100  # where stdout is no terminal
 
 
@@ -62,6 +67,7 @@ def _facts(report: Report) -> Table:
             f"{format_bytes(stored.non_expert_bytes)} other",
         )
         table.add_row("weights auto", report.reason)
+        table.add_row("dense auto", _DENSE[report.dense])
         packs = (
             f"{each.format} here ({format_bytes(each.bytes)})" if each.path
             else f"{each.format} would need {format_bytes(each.bytes)}"
