@@ -79,7 +79,8 @@ def mxfp4_checkpoint(folder: Path) -> Path:
 def test_same_as_the_dequantising_load(kind: str, tmp_path: Path) -> None:
     folder = fp8_checkpoint(tmp_path) if kind == "fp8" else mxfp4_checkpoint(tmp_path)
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, experts_implementation="eager")
-    ours = moe_offload.load(folder, dtype=torch.bfloat16, activations="f32", pack_dir=tmp_path / "packs")
+    options = dict(activations="f32", dense="stored", pack_dir=tmp_path / "packs")
+    ours = moe_offload.load(folder, dtype=torch.bfloat16, **options)  # type: ignore[arg-type]
     assert {weights.format for weights in ours.offload._skeleton.weights.values()} == {kind}
     assert not any("experts" in name and p.dim() >= 3 for name, p in ours.named_parameters())
     ids = tiny_models.token_ids()
