@@ -41,10 +41,10 @@ class AttentionShape:
     `window`: positions that a query sees, its own included; 0 = all. `scale` multiplies the scores;
     None = 1 / sqrt(D).
 
-    Two promises let CPUs that multiply bf16 pairs do so, on a bf16 cache: `q_is_bf16`, that queries
-    are bf16 values widened to f32 (their low 16 bits are ignored, nothing is lost), and
+    Two promises let CPUs that multiply bf16 pairs do so, on a bf16 or int8 cache: `q_is_bf16`, that
+    queries are bf16 values widened to f32 (their low 16 bits are ignored, nothing is lost), and
     `bf16_weights`, that the softmax's weights may be rounded to bf16 before they meet the values, as
-    torch does in bf16 models; the rounded weights still add up to 1.
+    torch does in bf16 models (on a bf16 cache the rounded weights still add up to 1).
     """
 
     q_heads: int
@@ -154,7 +154,7 @@ class DecodeAttention:
     def __init__(self, shape: AttentionShape) -> None:
         target = current_target()
         rows = [Rows(shape.dtype, width, target.lanes) for width in (shape.head_size, shape.value_size)]
-        pairs = shape.dtype == "bf16" and has_pair_dots(target)
+        pairs = shape.dtype in ("bf16", "int8") and has_pair_dots(target)
         self.shape = shape
         self._job_shape = JobShape(
             shape.q_heads // shape.kv_heads, rows[0], rows[1], pairs and shape.q_is_bf16, pairs and shape.bf16_weights

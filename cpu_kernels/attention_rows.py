@@ -70,15 +70,24 @@ class Rows:
         return load_floats(em, self.dtype, address, count, self.lanes)
 
     def load_pairs(self, em: Emitter, address: Value, count: int) -> Value:
-        """A slice of bf16 as <lanes x i32>, the even element in the low half."""
-        bits = assemble(em, I16, self.slice_width, count, lambda n, at: em.load(vector(I16, n), address, 2 * at))
-        return em.b.bitcast(bits, vector(I32, self.lanes))
+        """A slice as <lanes x i32> of bf16 pairs, the element of the first vector in the low half.
+
+        For types whose elements bf16 holds exactly.
+        """
+        if self.dtype == "bf16":
+            bits = assemble(em, I16, self.slice_width, count, lambda n, at: em.load(vector(I16, n), address, 2 * at))
+            return em.b.bitcast(bits, vector(I32, self.lanes))
+        return pair(em, *self.load(em, address, count))
 
     def load_two(self, em: Emitter, first: Value, second: Value | None, count: int) -> list[Value]:
-        """The same slice of two rows of bf16, in pairs (first, second) of equal elements: two <lanes x i32>.
+        """The same slice of two rows, in bf16 pairs (first, second) of equal elements: two <lanes x i32>.
 
         Without a second row zeros stand for it.
         """
+        if self.dtype != "bf16":
+            a = self.load(em, first, count)
+            b = [em.const(half.type, 0.0) for half in a] if second is None else self.load(em, second, count)
+            return [pair(em, *halves) for halves in zip(a, b, strict=True)]
         a = self.load_pairs(em, first, count)
         b = em.const(a.type, 0) if second is None else self.load_pairs(em, second, count)
         half, high = em.const(a.type, 16), em.const(a.type, -65536)
@@ -107,6 +116,13 @@ class Rows:
 def has_pair_dots(target: Target) -> bool:
     """vdpbf16ps: products of bf16 pairs, added up in f32."""
     return target.lanes == 16 and "+avx512bf16" in target.features.split(",")
+
+
+def pair(em: Emitter, low: Value, high: Value) -> Value:
+    """f32 vectors as bf16 pairs; low 16 bits are cut off."""
+    ints = vector(I32, low.type.count)
+    upper = em.b.and_(em.b.bitcast(high, ints), em.const(ints, -65536))
+    return em.b.or_(em.b.lshr(em.b.bitcast(low, ints), em.const(ints, 16)), upper)
 
 
 def add_pairs(em: Emitter, a: Value, b: Value, c: Value) -> Value:

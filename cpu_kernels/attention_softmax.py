@@ -15,6 +15,7 @@ from typing import Any
 
 from numpy.polynomial import Chebyshev, Polynomial
 
+from moe_offload.cpu_kernels.attention_rows import pair
 from moe_offload.cpu_kernels.emit import F32, I32, Emitter, Value, micro_kernel, vector
 
 LOG2E = 1.4426950408889634
@@ -73,10 +74,10 @@ def make_softmax(wide: int, lanes: int, scaled: bool, pairs: bool) -> Any:
 
     scores f32 [n][wide], up to whole vectors; corrections f32 [state_lanes]: what sums and outputs
     so far have been multiplied with (sums here, outputs by the caller). `scaled`: weights are
-    multiplied with scales f32 [n] after they are summed. `pairs`: weights are rounded to bf16 before
-    they are summed, and stored as [n / 2][wide] pairs of neighbouring positions.
+    multiplied with scales f32 [n] after they are summed. `pairs`: weights are rounded to bf16 (before
+    they are summed, unless scaled), and stored as [n / 2][wide] pairs of neighbouring positions.
     """
-    assert not pairs or (lanes > wide and not scaled)
+    assert not pairs or lanes > wide
     parts = state_lanes(wide, lanes) // lanes
     per_vector = max(1, lanes // wide)
     floats = vector(F32, lanes)
@@ -102,11 +103,12 @@ def make_softmax(wide: int, lanes: int, scaled: bool, pairs: bool) -> Any:
             after = []
             for part, at in enumerate(places(j)):
                 weight = exp2(em, em.b.fsub(em.load(floats, at), now[part]))
-                if pairs:
+                if pairs and not scaled:
                     weight = round_to_bf16(em, weight)
                 after.append(em.b.fadd(so_far[part], weight))
                 if scaled:
                     weight = em.b.fmul(weight, spread(j))
+                    weight = round_to_bf16(em, weight) if pairs else weight
                 if pairs:
                     em.store(in_pairs(weight), em.add(scores, em.mul(j, 2 * wide)))  # behind what is still to be read
                 else:
@@ -114,9 +116,10 @@ def make_softmax(wide: int, lanes: int, scaled: bool, pairs: bool) -> Any:
             return after
 
         def in_pairs(weight: Value) -> Value:
-            bits = em.b.bitcast(weight, vector(I32, lanes))
-            even, odd = (em.shuffle(bits, bits, [i for i in range(lanes) if i // wide % 2 == half]) for half in (0, 1))
-            return em.b.or_(em.b.lshr(even, em.const(even.type, 16)), odd)
+            even, odd = (
+                em.shuffle(weight, weight, [i for i in range(lanes) if i // wide % 2 == half]) for half in (0, 1)
+            )
+            return pair(em, even, odd)
 
         def spread(j: Value) -> Value:
             few = em.load(vector(F32, per_vector), scales, em.mul(j, 4))

@@ -12,8 +12,8 @@ Scores lie as [position][query], queries filled up to a power of two.
 from collections.abc import Sequence
 from typing import Any
 
-from moe_offload.cpu_kernels.attention_rows import Rows, add_pairs, load_floats
-from moe_offload.cpu_kernels.emit import F32, I16, I32, I64, Emitter, Value, ir, micro_kernel, vector
+from moe_offload.cpu_kernels.attention_rows import Rows, add_pairs, load_floats, pair
+from moe_offload.cpu_kernels.emit import F32, I64, Emitter, Value, ir, micro_kernel, vector
 from moe_offload.cpu_kernels.target import Target
 
 MINUS_INFINITY = float("-inf")
@@ -43,18 +43,16 @@ def sum_each(em: Emitter, values: Sequence[Value]) -> Value:
 
 def make_prepare(rows: Rows, pairs: bool) -> Any:
     """Intrinsic (query, to): a query f32 [D] in the order of K's slices; `pairs`: as bf16."""
-    ints = vector(I32, rows.lanes)
 
     def emit(em: Emitter, query: Value, to: Value) -> None:
         for number in range(rows.slices):
             at = number * rows.slice_width
             halves = load_floats(em, "f32", em.add(query, 4 * at), rows.count(number), rows.lanes)
+            halves = rows.from_natural(em, halves)
             if pairs:
-                bits = [em.b.lshr(em.b.bitcast(half, ints), em.const(ints, 16)) for half in halves]
-                low, high = (em.b.trunc(half, vector(I16, rows.lanes)) for half in bits)
-                em.store(em.shuffle(low, high, range(2 * rows.lanes)), to, 2 * at)
+                em.store(pair(em, *halves), to, 2 * at)
                 continue
-            for half, value in enumerate(rows.from_natural(em, halves)):
+            for half, value in enumerate(halves):
                 em.store(value, to, 4 * (at + half * rows.lanes))
 
     return micro_kernel(f"attention_prepare_{rows.dtype}_{rows.width}_{pairs}", "ii:v", emit)
@@ -100,7 +98,7 @@ def make_scores(rows: Rows, wide: int, pairs: bool, ahead: Rows, target: Target)
             for r in range(across):
                 from_query = (first + r) * query_bytes + query_at
                 for half in range(len(ks[0])):
-                    if count <= half * lanes and rows.dtype != "bf16":
+                    if count <= half * lanes and rows.dtype != "bf16" and not pairs:
                         continue  # nothing but zeros
                     q = em.load(ks[0][half].type, prepared, from_query + half * lanes * 4)
                     for t in range(positions):

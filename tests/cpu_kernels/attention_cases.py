@@ -83,7 +83,8 @@ def make_case(
 
 
 def check(case: Case, out: NDArray[np.float32]) -> None:
-    """f32 sums of any order, and weights from scores that were rounded at their own size."""
+    """f32 sums of any order, weights from scores that were rounded at their own size, and maybe to bf16."""
     wanted = case.reference()
-    largest = 1.0 if not wanted.size else max(1.0, float(np.abs(wanted).max()))
-    np.testing.assert_allclose(out, wanted, rtol=0, atol=2e-5 * largest)
+    largest = max(1.0, float(np.abs(Case.widen(case.values, case.value_scales)).max(initial=0)))
+    weights = 2**-8 if case.shape.bf16_weights else 0.0
+    np.testing.assert_allclose(out, wanted, rtol=0, atol=(2e-5 + weights) * largest)

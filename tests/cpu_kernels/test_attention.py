@@ -2,8 +2,13 @@
 
 import ctypes
 import mmap
+import os
+import platform
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +36,9 @@ SHAPES = [
     AttentionShape(16, 1, 7, 1, "f32"),
     AttentionShape(8, 1, 256, 256, "int8"),
     AttentionShape(3, 1, 1, 20, "int8"),
+    AttentionShape(8, 1, 128, 128, "bf16", q_is_bf16=True, bf16_weights=True),
+    AttentionShape(5, 1, 33, 33, "bf16", bf16_weights=True),
+    AttentionShape(4, 1, 40, 24, "int8", q_is_bf16=True, bf16_weights=True),
 ]
 
 
@@ -54,13 +62,13 @@ def cases(draw: st.DrawFn) -> Case:
     return case
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=cases())
 def test_against_float64(case: Case, team: ThreadTeam) -> None:
     check(case, case.run(DecodeAttention(case.shape), team))
 
 
-@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[1], SHAPES[8]], ids=lambda s: s.dtype)
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[1], SHAPES[8], SHAPES[12]], ids=str)
 def test_same_bits_for_every_number_of_threads(shape: AttentionShape) -> None:
     case = make_case(replace(shape, window=1500), [1777, 3, 300, 0])
     attention = DecodeAttention(case.shape)
@@ -90,7 +98,16 @@ def test_caches_are_read_with_their_strides(dtype: CacheType, team: ThreadTeam) 
     check(case, case.run(DecodeAttention(shape), team))
 
 
-@pytest.mark.parametrize("shape", SHAPES[:3], ids=["8 of 128", "7 of 80", "1 of 64"])
+def test_rounded_weights_add_up_to_one(team: ThreadTeam) -> None:
+    """Positions that agree on a value give that value, to f32's rounding."""
+    shape = SHAPES[10]
+    case = make_case(shape, [501])
+    case.values[:] = case.values[:, :, :1]
+    exact = replace(case, shape=replace(shape, bf16_weights=False))
+    check(exact, case.run(DecodeAttention(shape), team))
+
+
+@pytest.mark.parametrize("shape", [*SHAPES[:3], *SHAPES[10:12]], ids=str)
 def test_nan_reaches_the_queries_that_see_it(shape: AttentionShape, team: ThreadTeam) -> None:
     nan = 0x7FC0
     attention = DecodeAttention(shape)
@@ -146,7 +163,7 @@ class Guarded:
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mprotect"), reason="needs mprotect")
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s.dtype} {s.head_size}")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_nothing_is_read_beyond_what_is_seen(shape: AttentionShape, team: ThreadTeam) -> None:
     """One sequence and KV head; what is seen ends at a forbidden page, or begins behind one."""
     one = replace(shape, q_heads=shape.q_heads // shape.kv_heads, kv_heads=1)
@@ -178,6 +195,34 @@ def _before(case: Case, name: str, positions: int) -> Any:
     shape = (*array.shape[:2], array.shape[2] + positions, *array.shape[3:])
     memory = (ctypes.c_char * (step * shape[2])).from_address(array.ctypes.data - positions * step)
     return np.frombuffer(memory, array.dtype).reshape(shape)
+
+
+OTHER_CPU = """
+import numpy as np
+from moe_offload.cpu_kernels import ThreadTeam
+from moe_offload.cpu_kernels.attention import AttentionShape, DecodeAttention
+from tests.cpu_kernels.attention_cases import check, make_case
+
+shapes = [
+    AttentionShape(7, 1, 80, 20, "bf16", window=400, q_is_bf16=True),
+    AttentionShape(2, 1, 37, 37, "f16"),
+    AttentionShape(12, 1, 9, 33, "int8"),
+]
+with ThreadTeam(2) as team:
+    for shape in shapes:
+        case = make_case(shape, [700, 1, 65])
+        check(case, case.run(DecodeAttention(shape), team))
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names of x86-64 CPUs")
+@pytest.mark.parametrize("cpu", ["haswell", "x86-64"])
+def test_other_cpus(cpu: str) -> None:
+    environment = {**os.environ, "NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": ""}
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", OTHER_CPU]
+    done = subprocess.run(command, cwd=root, env=environment, timeout=300, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_prepared_block_serves_token_after_token(team: ThreadTeam) -> None:
