@@ -4,9 +4,9 @@
 
 One query position, 32 query and 4 KV heads of 128 (Qwen3-30B-A3B), over caches that no CPU cache
 holds: every sample takes another one out of --gib of memory. The read limit is measured in the same
-rounds, because neighbours on the host move it. Torch runs scaled_dot_product_attention in bf16,
-with enable_gqa, and with the query heads of a KV head folded into the query positions (which a
-model would have to do by itself). `exact`: queries are bf16, weights f32; `rounded`: weights are
+rounds, because neighbours on the host move it. Torch runs scaled_dot_product_attention with
+enable_gqa, and with the query heads of a KV head folded into the query positions (which a model
+would have to do by itself), in bf16 and, twice the bytes, in f32. `exact`: queries are bf16, weights f32; `rounded`: weights are
 rounded to bf16, as torch does. Timed is what a decode step pays for a prepared kernel: writing the
 argument block and the launch. Threads are pinned, one to a core, if there are as many.
 """
@@ -40,7 +40,9 @@ VARIANTS = {
     for dtype in ("bf16", "int8")
     for rounded in (False, True)
 }
-RIVALS = ("torch enable_gqa", "torch folded")
+RIVAL_TYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
+RIVALS = tuple(f"torch {dtype} {form}" for dtype in RIVAL_TYPES for form in ("enable_gqa", "folded"))
+SIZES = {"bf16": 2, "int8": 1, "f32": 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +61,11 @@ class Caches:
         query = torch.randn(1, Q_HEADS, 1, HEAD, generator=generator).to(memory.dtype)
         return cls(memory, query)
 
-    def cut(self, number: int, context: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [1, Hkv, context, D] of one of the caches that fit."""
-        size = KV_HEADS * context * HEAD
-        start = number % (self.memory.numel() // (2 * size)) * 2 * size
-        keys, values = self.memory[start : start + 2 * size].view(2, 1, KV_HEADS, context, HEAD)
+    def cut(self, number: int, context: int, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [1, Hkv, context, D] of one of the caches that fit; two bf16 make an f32 of their size."""
+        size, memory = KV_HEADS * context * HEAD, self.memory.view(dtype)
+        start = number % (memory.numel() // (2 * size)) * 2 * size
+        keys, values = memory[start : start + 2 * size].view(2, 1, KV_HEADS, context, HEAD)
         return keys, values
 
 
@@ -144,10 +146,12 @@ def measure(
                         seconds = kernel.timed(keys.data_ptr(), values.data_ptr())
                         if turn:
                             times[context][name].append(seconds)
-                for name, rival in zip(RIVALS, (gqa, folded), strict=True):
+                for name in RIVALS:
+                    _, dtype, form = name.split()
+                    rival, query = (gqa if form == "enable_gqa" else folded), caches.query.to(RIVAL_TYPES[dtype])
                     for _ in range(2):
-                        keys, values = caches.cut(number := number + 1, context)
-                        seconds = timed(partial(rival, caches.query, keys, values))
+                        keys, values = caches.cut(number := number + 1, context, query.dtype)
+                        seconds = timed(partial(rival, query, keys, values))
                         if turn:
                             times[context][name].append(seconds)
                     time.sleep(PAUSE)
@@ -180,13 +184,13 @@ def main(
         title=f"{machine()['cpu']}, {threads} threads, {Q_HEADS} query and {KV_HEADS} KV heads of {HEAD}; "
         f"read limit {limit:.1f} GB/s"
     )
-    for name in ("context", "kernel", "us", "GB/s", "% of limit", *(f"x {rival}" for rival in RIVALS)):
+    for name in ("context", "kernel", "us", "GB/s", "% of limit", *(rival.replace("torch", "x") for rival in RIVALS)):
         table.add_column(name, justify="right")
     rows = []
     for context, of_context in times.items():
         medians = {name: spread(values) for name, values in of_context.items()}
         for name, figures in medians.items():
-            size = 1 if name.startswith("int8") else 2
+            size = SIZES[name.removeprefix("torch ").split()[0]]
             rate = 2 * KV_HEADS * context * HEAD * size / figures["median"] / 1e9
             row = {
                 "context": context,
@@ -200,7 +204,7 @@ def main(
             rows.append(row)
             shown = ("context", "kernel", "median", "gb_per_s", "percent_of_limit", *(f"times {r}" for r in RIVALS))
             table.add_row(*(str(row[key]) for key in shown))
-    Console().print(table)
+    Console(width=120).print(table)
     if not smoke:
         settings = {"threads": threads, "rounds": rounds, "seed": seed, "gib": gib, "unit": "us"}
         write_result("cpu_attention", {**settings, "read_limit_gb_per_s": round(limit, 2), "rows": rows})

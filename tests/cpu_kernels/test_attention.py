@@ -34,7 +34,7 @@ SHAPES = [
     AttentionShape(1, 1, 3, 33, "f16"),
     AttentionShape(8, 2, 96, 96, "f32"),
     AttentionShape(16, 1, 7, 1, "f32"),
-    AttentionShape(8, 1, 256, 256, "int8"),
+    AttentionShape(2, 1, 256, 192, "int8"),
     AttentionShape(3, 1, 1, 20, "int8"),
     AttentionShape(8, 1, 128, 128, "bf16", q_is_bf16=True, bf16_weights=True),
     AttentionShape(5, 1, 33, 33, "bf16", bf16_weights=True),
@@ -62,7 +62,7 @@ def cases(draw: st.DrawFn) -> Case:
     return case
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=cases())
 def test_against_float64(case: Case, team: ThreadTeam) -> None:
     check(case, case.run(DecodeAttention(case.shape), team))
@@ -204,9 +204,9 @@ from moe_offload.cpu_kernels.attention import AttentionShape, DecodeAttention
 from tests.cpu_kernels.attention_cases import check, make_case
 
 shapes = [
-    AttentionShape(7, 1, 80, 20, "bf16", window=400, q_is_bf16=True),
-    AttentionShape(2, 1, 37, 37, "f16"),
-    AttentionShape(12, 1, 9, 33, "int8"),
+    AttentionShape(7, 1, 40, 20, "bf16", window=400, q_is_bf16=True),
+    AttentionShape(2, 1, 13, 13, "f16"),
+    AttentionShape(12, 1, 9, 17, "int8"),
 ]
 with ThreadTeam(2) as team:
     for shape in shapes:
