@@ -35,13 +35,15 @@ def make_product(key: str, layout: PackedMatrix, arithmetic: Arithmetic, target:
 
     Computes whole tiles: up to LARGEST_TILE - 1 rows more than asked for.
     """
-    many = make_panel(layout, arithmetic, LARGEST_TILE, 1, target)
-    some = make_panel(layout, arithmetic, 4, 1, target)
-    one = make_panel(layout, arithmetic, 1, 1, target)
+    # sums of more tokens do not fit 16 registers: measured no faster, and twice the code to compile
+    most, most_twice = (LARGEST_TILE, 4) if target.registers >= 32 else (4, 2)
+    one, some = (make_panel(layout, arithmetic, n, 1, target) for n in (1, 4))
+    many = make_panel(layout, arithmetic, most, 1, target) if most > 4 else some
     if arithmetic == "planes":
-        some_twice, two_twice, one_twice = (make_panel(layout, arithmetic, n, 2, target) for n in (4, 2, 1))
+        one_twice, two_twice = (make_panel(layout, arithmetic, n, 2, target) for n in (1, 2))
+        some_twice = make_panel(layout, arithmetic, most_twice, 2, target) if most_twice > 2 else two_twice
     else:  # 16-bit and exact activations come in one piece
-        some_twice, two_twice, one_twice = some, some, one
+        one_twice, two_twice, some_twice, most_twice = one, some, some, 4
 
     @specialised(key)
     def product(block: int, records: int, rows: int, tokens: int, planes: int, padded: int, to: int, step: int) -> None:
@@ -51,7 +53,7 @@ def make_product(key: str, layout: PackedMatrix, arithmetic: Arithmetic, target:
                 left = tokens - t
                 if left > 2:
                     some_twice(block, records, rows + 8 * t, padded, to + t * step, step)
-                    t += 4
+                    t += most_twice
                 elif left == 2:
                     two_twice(block, records, rows + 8 * t, padded, to + t * step, step)
                     t += 2
@@ -63,7 +65,7 @@ def make_product(key: str, layout: PackedMatrix, arithmetic: Arithmetic, target:
                 left = tokens - t
                 if left > 4:
                     many(block, records, rows + 8 * t, padded, to + t * step, step)
-                    t += 8
+                    t += most
                 elif left > 1:
                     some(block, records, rows + 8 * t, padded, to + t * step, step)
                     t += 4
