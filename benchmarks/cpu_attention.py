@@ -6,9 +6,10 @@ One query position, 32 query and 4 KV heads of 128 (Qwen3-30B-A3B), over caches 
 holds: every sample takes another one out of --gib of memory. The read limit is measured in the same
 rounds, because neighbours on the host move it. Torch runs scaled_dot_product_attention with
 enable_gqa, and with the query heads of a KV head folded into the query positions (which a model
-would have to do by itself), in bf16 and, twice the bytes, in f32. `exact`: queries are bf16, weights f32; `rounded`: weights are
-rounded to bf16, as torch does. Timed is what a decode step pays for a prepared kernel: writing the
-argument block and the launch. Threads are pinned, one to a core, if there are as many.
+would have to do by itself), in bf16 and, twice the bytes, in f32. `exact`: queries are bf16, weights
+f32; `rounded`: weights are rounded to bf16, as torch does. Timed is what a decode step pays for a
+prepared kernel: writing the argument block and the launch. Threads are pinned, one to a core, if
+there are as many.
 """
 
 import os
