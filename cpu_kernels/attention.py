@@ -3,6 +3,7 @@
 Letters: B sequences, Hq query heads, Hkv KV heads, D size of a query or key, Dv of a value.
 """
 
+import ctypes
 import struct
 import threading
 from dataclasses import dataclass
@@ -17,12 +18,12 @@ from moe_offload.cpu_kernels.attention_block import JobShape, lines
 from moe_offload.cpu_kernels.attention_job import make_attention_job
 from moe_offload.cpu_kernels.attention_rows import CACHE_BYTES, CacheType, Rows, has_pair_dots
 from moe_offload.cpu_kernels.attention_softmax import LOG2E
-from moe_offload.cpu_kernels.kernel_cache import compile_job, compiled
-from moe_offload.cpu_kernels.memory import store_i64
+from moe_offload.cpu_kernels.kernel_cache import compile_job
 from moe_offload.cpu_kernels.target import current_target
 from moe_offload.cpu_kernels.team import Team
 
 _NUMPY_TYPES: dict[CacheType, Any] = {"bf16": np.uint16, "f16": np.float16, "f32": np.float32, "int8": np.int8}
+_FIELDS = struct.Struct(f"={word.QUERIES}x{(word.SLOTS - word.QUERIES) // 8 + 1}q")  # counters are zero
 _compiling = threading.Lock()
 
 
@@ -72,67 +73,6 @@ class AttentionShape:
         return self.head_size**-0.5 if self.scale is None else self.scale
 
 
-@compiled(f"void({', '.join(['int64'] * 27)})")
-def _fill(
-    args: int,
-    queries: int,
-    keys: int,
-    values: int,
-    out: int,
-    lengths: int,
-    starts: int,
-    sinks: int,
-    key_scales: int,
-    value_scales: int,
-    batch: int,
-    threads: int,
-    kv_heads: int,
-    window: int,
-    factor: int,
-    key_batch: int,
-    key_head: int,
-    key_position: int,
-    value_batch: int,
-    value_head: int,
-    value_position: int,
-    scale_batch: int,
-    scale_head: int,
-    counters: int,
-    local: int,
-    slots: int,
-    end: int,
-) -> None:
-    store_i64(0, args + word.NEXT)
-    store_i64(0, args + word.DONE)
-    store_i64(queries, args + word.QUERIES)
-    store_i64(keys, args + word.KEYS)
-    store_i64(values, args + word.VALUES)
-    store_i64(out, args + word.OUT)
-    store_i64(lengths, args + word.LENGTHS)
-    store_i64(starts, args + word.STARTS)
-    store_i64(sinks, args + word.SINKS)
-    store_i64(key_scales, args + word.KEY_SCALES)
-    store_i64(value_scales, args + word.VALUE_SCALES)
-    store_i64(batch, args + word.BATCH)
-    store_i64(threads, args + word.THREADS)
-    store_i64(kv_heads, args + word.KV_HEADS)
-    store_i64(window, args + word.WINDOW)
-    store_i64(factor, args + word.FACTOR)
-    store_i64(key_batch, args + word.KEY_BATCH)
-    store_i64(key_head, args + word.KEY_HEAD)
-    store_i64(key_position, args + word.KEY_POSITION)
-    store_i64(value_batch, args + word.VALUE_BATCH)
-    store_i64(value_head, args + word.VALUE_HEAD)
-    store_i64(value_position, args + word.VALUE_POSITION)
-    store_i64(scale_batch, args + word.SCALE_BATCH)
-    store_i64(scale_head, args + word.SCALE_HEAD)
-    store_i64(counters, args + word.COUNTERS)
-    store_i64(local, args + word.LOCAL)
-    store_i64(slots, args + word.SLOTS)
-    for at in range(counters, end, 8):
-        store_i64(0, at)
-
-
 @cache
 def _job(shape: JobShape) -> Any:
     sizes = f"{shape.queries}x{shape.keys.width}x{shape.values.width}"
@@ -160,13 +100,13 @@ class DecodeAttention:
             shape.q_heads // shape.kv_heads, rows[0], rows[1], pairs and shape.q_is_bf16, pairs and shape.bf16_weights
         )
         self._factor = int.from_bytes(struct.pack("<f", shape.factor * LOG2E), "little")
+        self._local_bytes = self._job_shape.local_bytes
         self._compiled: Any = None
 
     def load(self) -> None:
         """Compile the job or load it from the cache."""
         with _compiling:
             self._compiled = _job(self._job_shape)
-            _fill.load()
 
     @property
     def job_address(self) -> int:
@@ -208,15 +148,17 @@ class DecodeAttention:
         max_length that the block was made for. A launch reads addresses and lengths when it runs;
         before each further launch NEXT and DONE (attention_block) have to be zero again.
         """
-        shape = self._job_shape
+        counter_bytes = lines(8 * batch * self.shape.kv_heads)
         counters = args + word.BYTES
-        local = counters + lines(8 * batch * self.shape.kv_heads)
-        slots = local + threads * shape.local_bytes
-        _fill(
-            args, queries, keys, values, out, lengths, starts, sinks, key_scales, value_scales,
+        local = counters + counter_bytes
+        slots = local + threads * self._local_bytes
+        fields = _FIELDS.pack(
+            queries, keys, values, out, lengths, starts, sinks, key_scales, value_scales,
             batch, threads, self.shape.kv_heads, self.shape.window, self._factor,
-            *key_strides, *value_strides, *scale_strides, counters, local, slots, local,
+            *key_strides, *value_strides, *scale_strides, counters, local, slots,
         )  # fmt: skip
+        ctypes.memmove(args, fields, len(fields))
+        ctypes.memset(counters, 0, counter_bytes)
 
     def __call__(
         self,

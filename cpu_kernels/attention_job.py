@@ -42,7 +42,7 @@ def _first_position(args: int, sequence: int) -> int:
 def _visible(args: int, sequence: int) -> int:
     """How many positions it sees."""
     length = load_i64(load_i64(args + word.LENGTHS) + 8 * sequence)
-    return max(0, length - _first_position(args, sequence))
+    return max(0, length - _first_position(args, sequence))  # type: ignore[no-any-return]
 
 
 @native
@@ -56,7 +56,7 @@ def _chunks(args: int, sequence: int) -> int:
     """At least one: somebody has to write the zeros of a sequence that sees nothing."""
     visible = _visible(args, sequence)
     positions = _chunk_positions(visible)
-    return max(1, (visible + positions - 1) // positions)
+    return max(1, (visible + positions - 1) // positions)  # type: ignore[no-any-return]
 
 
 def make_attention_job(key: str, shape: JobShape, target: Target) -> Callable[[int, int], None]:

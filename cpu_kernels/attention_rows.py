@@ -98,14 +98,14 @@ class Rows:
         """Two vectors in natural order, brought into this type's."""
         if self.dtype != "bf16":
             return halves
-        return [em.shuffle(*halves, range(odd, 2 * self.lanes, 2)) for odd in (0, 1)]
+        return [em.shuffle(halves[0], halves[1], range(odd, 2 * self.lanes, 2)) for odd in (0, 1)]
 
     def to_natural(self, em: Emitter, halves: list[Value]) -> list[Value]:
         if self.dtype != "bf16":
             return halves
         n = self.lanes
         mixed = [lane for i in range(n) for lane in (i, n + i)]
-        return [em.shuffle(*halves, mixed[:n]), em.shuffle(*halves, mixed[n:])]
+        return [em.shuffle(halves[0], halves[1], part) for part in (mixed[:n], mixed[n:])]
 
     def prefetch(self, em: Emitter, row: Value, start: int, stop: int) -> None:
         """Ask for a row's cache lines that begin in [start, stop), in bytes, into L2."""

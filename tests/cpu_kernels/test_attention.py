@@ -174,12 +174,13 @@ def test_nothing_is_read_beyond_what_is_seen(shape: AttentionShape, team: Thread
             for name in ("q", "keys", "values", "key_scales", "value_scales"):
                 data = getattr(case, name)
                 arrays[name] = None if data is None else Guarded(data, at_end)
-            guarded = {name: guard and guard.array for name, guard in arrays.items()}
+            guarded: dict[str, Any] = {name: guard and guard.array for name, guard in arrays.items()}
             check(case, replace(case, **guarded).run(DecodeAttention(one), team))
             # a longer cache whose positions before the window lie on the forbidden page
             if not at_end:
                 rows = replace(case, **guarded)
-                moved = {n: _before(rows, n, 9) for n in ("keys", "values", "key_scales", "value_scales")}
+                names = ("keys", "values", "key_scales", "value_scales")
+                moved: dict[str, Any] = {name: _before(rows, name, 9) for name in names}
                 windowed = replace(rows, shape=replace(one, window=length), lengths=rows.lengths + 9, **moved)
                 np.testing.assert_array_equal(
                     windowed.run(DecodeAttention(windowed.shape), team), case.run(DecodeAttention(one), team)
