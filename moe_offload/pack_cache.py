@@ -68,10 +68,10 @@ class PackCache:
 
         Raises PackError when it cannot be made here, and what `convert` raises.
         """
-        pack = self._usable(trust)
-        if pack is not None:
-            return pack
         try:
+            pack = self._usable(trust)
+            if pack is not None:
+                return pack
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self._locked():
                 pack = self._usable(trust)  # another process may have made it meanwhile
@@ -98,9 +98,9 @@ class PackCache:
     def _usable(self, trust: bool) -> ExpertPack | None:
         try:
             pack = ExpertPack(self.path, self.plan)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
-        except (UnusablePackError, OSError) as error:
+        except UnusablePackError as error:
             logger.warning("%s %s: the experts are converted again", self.path, error)
             return None
         if trust and self._stamped():
