@@ -48,6 +48,7 @@ CONSTANTS = SECOND_CUTS + 8
     LIMIT,  # f32 bits
     CHUNK,  # rows taken at once
     BOTH_PLANES,  # an expert with at most so many rows takes activations in both planes
-) = range(CONSTANTS, CONSTANTS + 12 * 8, 8)
+    PANELS_BYTES,  # of a thread's own memory, from its begin on: token panels for tiles
+) = range(CONSTANTS, CONSTANTS + 13 * 8, 8)
 
-BYTES = (CONSTANTS + 12 * 8 + LINE - 1) // LINE * LINE
+BYTES = (CONSTANTS + 13 * 8 + LINE - 1) // LINE * LINE

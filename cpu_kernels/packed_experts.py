@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from moe_offload.cpu_kernels import packed_block as word
 from moe_offload.cpu_kernels.activation_rows import arithmetic_for, row_bytes
+from moe_offload.cpu_kernels.amx import tile_mode
 from moe_offload.cpu_kernels.grouping import Groups
 from moe_offload.cpu_kernels.kernel_cache import compile_job, compiled
 from moe_offload.cpu_kernels.layout import Activation, ActivationKind
@@ -18,6 +19,8 @@ from moe_offload.cpu_kernels.packed_job import LARGEST_TILE, make_packed_job
 from moe_offload.cpu_kernels.packed_layout import WIDTH, ExpertRecord, PackedMatrix
 from moe_offload.cpu_kernels.target import current_target
 from moe_offload.cpu_kernels.team import Team, aligned_bytes
+from moe_offload.cpu_kernels.tile_product import MOST_BY_VECTORS, panels_bytes
+from moe_offload.cpu_kernels.tiles import TileMode
 
 Activations = Literal["auto", "int16", "int8", "f32"]
 
@@ -132,12 +135,14 @@ _MISTAKES = {
 
 
 @cache
-def _job(dtype: str, group: int, exact: bool, gated: bool, kind: ActivationKind) -> Any:
+def _job(dtype: str, group: int, exact: bool, gated: bool, kind: ActivationKind, tiles: TileMode | None) -> Any:
     target = current_target()
     layout = PackedMatrix(WIDTH, group, dtype, group)  # type: ignore[arg-type]  # only its kind matters
     arithmetic = arithmetic_for(dtype, exact, target)
     key = f"packed-{dtype}-{group}-{arithmetic}-{'gated' if gated else 'plain'}-{kind}"
-    function = make_packed_job(key, layout, arithmetic, gated, kind, target)
+    if tiles is not None:
+        key += f"-tiles-{tiles}"
+    function = make_packed_job(key, layout, arithmetic, gated, kind, target, tiles)
     return compile_job(function, "void(int64,int64)", key)
 
 
@@ -162,6 +167,9 @@ class PackedExpertKernel:
         arithmetic = arithmetic_for(record.dtype, activations == "f32", current_target())
         self._row_bytes = row_bytes(up.padded_cols, record.group, arithmetic)
         self._middle_bytes = row_bytes(down.padded_cols, record.group, arithmetic)
+        self._tiles = tile_mode(record.dtype, record.group, arithmetic)
+        planes, longest = 2 if BOTH_PLANES[activations] > MOST_BY_VECTORS else 1, max(up.padded_cols, down.padded_cols)
+        self._panels_bytes = panels_bytes(CHUNK, longest, record.group, planes) if self._tiles is not None else 0
         constants = {
             word.HIDDEN: record.hidden_size,
             word.INTERMEDIATE: record.intermediate_size,
@@ -175,6 +183,7 @@ class PackedExpertKernel:
             word.LIMIT: float_bits(activation.limit),
             word.CHUNK: CHUNK,
             word.BOTH_PLANES: BOTH_PLANES[activations],
+            word.PANELS_BYTES: self._panels_bytes,
         }
         self._constants = np.array([constants[key] for key in sorted(constants)], np.int64)
         self._shares: dict[tuple[int, int], _Shares] = {}
@@ -185,7 +194,7 @@ class PackedExpertKernel:
         record = self.record
         with _compiling:
             self._compiled = _job(
-                record.dtype, record.group, self.activations == "f32", record.gated, self.activation.kind
+                record.dtype, record.group, self.activations == "f32", record.gated, self.activation.kind, self._tiles
             )
 
     def __call__(
@@ -245,13 +254,15 @@ class PackedExpertKernel:
         """
         rows = tokens * choices
         run, _, first, second = self._shares_for(threads, min(rows, len(table)))
-        local = (min(CHUNK, tokens) + LARGEST_TILE) * 4 * WIDTH * RUN * (2 if self.record.gated else 1) + 2 * LINE
+        chunk = min(CHUNK, tokens)
+        local, constants = self._local_bytes(chunk), self._constants.copy()
+        constants[(word.CHUNK - word.CONSTANTS) // 8] = chunk
         size = word.BYTES + 3 * LINE + (rows + LARGEST_TILE) * 16 + rows * self._middle_bytes
         memory = aligned_bytes(size + tokens * self._row_bytes + threads * local)
         groups = Groups(*(np.zeros(rows + extra, kind) for extra, kind in _GROUP_ARRAYS))
         args = int(memory.ctypes.data)
         mistake = _fill(
-            args, self._constants, table, groups.experts, groups.offsets, groups.tokens, groups.weights, hidden, out,
+            args, constants, table, groups.experts, groups.offsets, groups.tokens, groups.weights, hidden, out,
             run, local, first, second,
         )  # fmt: skip
         if mistake:
@@ -266,10 +277,13 @@ class PackedExpertKernel:
             # experts lie behind each other in units, so that no job begins in the middle of one
             first = guided_cuts(blocks * active, threads, unit if blocks % unit == 0 else blocks)
             second = guided_cuts(self.record.down_matrix.blocks, threads)
-            # a chunk may begin with any number of rows: tiles reach behind its last one
-            local = (CHUNK + LARGEST_TILE) * 4 * WIDTH * RUN * (2 if self.record.gated else 1)
-            shares = self._shares[threads, active] = _Shares(RUN, local + 2 * LINE, first, second)
+            shares = self._shares[threads, active] = _Shares(RUN, self._local_bytes(CHUNK), first, second)
         return shares
+
+    def _local_bytes(self, rows: int) -> int:
+        """A thread's own memory for `rows` rows at once, behind which tiles of the last few reach."""
+        results = (rows + LARGEST_TILE) * 4 * WIDTH * RUN * (2 if self.record.gated else 1)
+        return self._panels_bytes + results + 2 * LINE
 
 
 def float_bits(value: float) -> int:

@@ -24,6 +24,8 @@ from moe_offload.cpu_kernels.memory import load_f32, load_i32, load_i64, prefetc
 from moe_offload.cpu_kernels.packed_layout import WIDTH, ZERO_POINT, PackedMatrix
 from moe_offload.cpu_kernels.panel import make_panel
 from moe_offload.cpu_kernels.target import Target
+from moe_offload.cpu_kernels.tile_product import make_products
+from moe_offload.cpu_kernels.tiles import TileMode
 from moe_offload.cpu_kernels.vector_ops import add_scaled, add_vector
 
 LARGEST_TILE = 8
@@ -84,10 +86,11 @@ def _record(args: int, entry: int) -> int:
 
 
 def make_packed_job(
-    key: str, layout: PackedMatrix, arithmetic: Arithmetic, gated: bool, kind: ActivationKind, target: Target
-) -> Callable[[int, int], None]:
-    """The job `(thread, args)`; of `layout` only dtype and group matter."""
-    product = make_product(key, layout, arithmetic, target)
+    key: str, layout: PackedMatrix, arithmetic: Arithmetic, gated: bool, kind: ActivationKind, target: Target,
+    tiles: TileMode | None = None,
+) -> Callable[[int, int], None]:  # fmt: skip
+    """The job `(thread, args)`; of `layout` only dtype and group matter. tiles: those that many rows go through."""
+    begin_rows, multiply, end_rows = make_products(key, layout, make_product(key, layout, arithmetic, target), tiles)
     quantise = make_quantise(arithmetic, layout.group, ZERO_POINT[layout.dtype], target)
     activate = make_activate(kind, gated, 1, target.lanes)
     record_bytes = layout.record_bytes
@@ -95,6 +98,7 @@ def make_packed_job(
     @specialised(key)
     def first(args: int, local: int, entry: int, start: int, count: int) -> None:
         """Blocks start to start + count of an expert's intermediate outputs, for all of its rows."""
+        panels, local = local, local + load_i64(args + word.PANELS_BYTES)
         record, alpha, limit = _record(args, entry), load_f32(args + word.ALPHA), load_f32(args + word.LIMIT)
         records, padded = load_i64(args + word.UP_RECORDS), load_i64(args + word.HIDDEN_PADDED)
         middle_padded = load_i64(args + word.MIDDLE_PADDED)
@@ -111,16 +115,18 @@ def make_packed_job(
             tokens = min(chunk, end - begin)
             rows = load_i64(args + word.INPUTS) + 8 * begin
             at = load_i64(record + 8) + start * block_bytes
+            begin_rows(rows, tokens, planes, padded, panels)
             if gated:
                 gates = load_i64(record) + start * block_bytes
                 prefetch_run(at, HEAD)
                 for b in range(count):
                     to = local + 4 * WIDTH * b
-                    product(gates + b * block_bytes, records, rows, tokens, planes, padded, to, step)
+                    multiply(gates + b * block_bytes, records, rows, tokens, planes, padded, to, step, panels)
                 prefetch_run(gates + count * block_bytes, HEAD)
             for b in range(count):
                 to = ups + 4 * WIDTH * b
-                product(at + b * block_bytes, records, rows, tokens, planes, padded, to, step)
+                multiply(at + b * block_bytes, records, rows, tokens, planes, padded, to, step, panels)
+            end_rows(tokens)
             for t in range(tokens):
                 gate, up = local + t * step, ups + t * step
                 bias = 4 * WIDTH * start
@@ -136,6 +142,7 @@ def make_packed_job(
     @specialised(key)
     def second(args: int, local: int, start: int, count: int) -> None:
         """Blocks start to start + count of the output columns, for every token: all experts, ascending."""
+        panels, local = local, local + load_i64(args + word.PANELS_BYTES)
         records, padded = load_i64(args + word.DOWN_RECORDS), load_i64(args + word.MIDDLE_PADDED)
         hidden, chunk = load_i64(args + word.HIDDEN), load_i64(args + word.CHUNK)
         tokens_at, weights_at = load_i64(args + word.TOKENS), load_i64(args + word.WEIGHTS)
@@ -154,9 +161,11 @@ def make_packed_job(
             while begin < end:
                 tokens = min(chunk, end - begin)
                 rows = load_i64(args + word.MIDDLES) + 8 * begin
+                begin_rows(rows, tokens, planes, padded, panels)
                 for b in range(count):
                     to = local + 4 * WIDTH * b
-                    product(down + b * block_bytes, records, rows, tokens, planes, padded, to, step)
+                    multiply(down + b * block_bytes, records, rows, tokens, planes, padded, to, step, panels)
+                end_rows(tokens)
                 for t in range(tokens):
                     y = local + t * step
                     if down_bias != 0:

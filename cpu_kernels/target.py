@@ -83,6 +83,7 @@ class Target:
     int_lanes: int  # i32 lanes of one integer vector register (AVX alone has wide floats and narrow integers)
     byte_dot: bool  # AVX-512 VNNI: u8 x s8 dot products of four into i32
     byte_shuffle: bool  # pshufb: 16 bytes looked up at once
+    tiles: bool  # AMX for bytes; a process needs permission, too: see amx.py
 
     @property
     def is_x86(self) -> bool:
@@ -123,4 +124,6 @@ def current_target() -> Target:
         int_lanes=int_lanes,
         byte_dot=int_lanes == 16 and "vpdpbusd" in assembly(_PROBE_BYTE_DOT),
         byte_shuffle=x86 and "pshufb" in assembly(_PROBE_SHUFFLE),
+        # not asked of LLVM: it selects tile instructions for any CPU, and only the host's list knows of the system
+        tiles=x86 and {"+amx-tile", "+amx-int8"} <= set(features.split(",")),
     )
