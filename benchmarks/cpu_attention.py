@@ -33,7 +33,7 @@ from moe_offload.cpu_kernels.bandwidth import ReadLimit
 
 Q_HEADS, KV_HEADS, HEAD = 32, 4, 128
 CONTEXTS = (1024, 4096, 8192, 32768)
-PAUSE = 0.01  # seconds after torch: its idle threads spin for milliseconds and hold our cores
+PAUSE = 0.03  # seconds after torch: its idle threads spin for milliseconds and hold our cores
 VARIANTS = {
     f"{dtype} {'rounded' if rounded else 'exact'}": AttentionShape(
         Q_HEADS, KV_HEADS, HEAD, HEAD, dtype, q_is_bf16=True, bf16_weights=rounded
@@ -141,8 +141,11 @@ def measure(
         for turn in range(rounds + 1):  # the first warms up
             limit.sample()
             for context in contexts:
-                for _ in range(max(2, min(8, 32768 // context))):
-                    for name, kernel in ours[context].items():
+                names = list(VARIANTS)
+                for _ in range(max(4, min(8, 32768 // context))):
+                    names.append(names.pop(0))  # nobody is always the first after torch
+                    for name in names:
+                        kernel = ours[context][name]
                         keys, values = caches.cut(number := number + 1, context)
                         seconds = kernel.timed(keys.data_ptr(), values.data_ptr())
                         if turn:
