@@ -17,7 +17,7 @@ from moe_offload.cpu_kernels.kernel_cache import compile_job, compiled
 from moe_offload.cpu_kernels.layout import ELEMENT_BYTES, WeightType
 from moe_offload.cpu_kernels.matrix_job import make_matrix_job
 from moe_offload.cpu_kernels.memory import TYPE_CODES, load_i64, store_i64
-from moe_offload.cpu_kernels.packed_experts import BOTH_PLANES, Activations, float_bits, guided_cuts
+from moe_offload.cpu_kernels.packed_experts import Activations, both_planes, float_bits, guided_cuts
 from moe_offload.cpu_kernels.packed_job import LARGEST_TILE
 from moe_offload.cpu_kernels.packed_layout import WIDTH, PackedMatrix, StoredType
 from moe_offload.cpu_kernels.target import current_target
@@ -135,7 +135,7 @@ class MatrixKernel:
             word.ROW_BYTES: self._row_bytes,
             word.RUN: RUN,
             word.CHUNK: CHUNK,
-            word.BOTH_PLANES: BOTH_PLANES[activations],
+            word.BOTH_PLANES: both_planes(dtype, activations),
             word.ROUND: TYPE_CODES["f32"],
         }
         self._constants = np.array([constants[key] for key in sorted(constants)], np.int64)
