@@ -17,10 +17,19 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
 
+from moe_offload.cpu_kernels.target import current_target
 from moe_offload.cpu_layer import PackedLayer
-from moe_offload.decode_modules import LAYER_CLASSES, WEIGHT_TYPES, Snapshot, read_attention, read_norm, read_router
+from moe_offload.decode_modules import (
+    LAYER_CLASSES,
+    WEIGHT_TYPES,
+    Snapshot,
+    is_transformers,
+    read_attention,
+    read_norm,
+    read_router,
+)
 from moe_offload.decode_plan import LayerPlan, StepBuffers, source_of
 from moe_offload.decode_step import StepInputs
 from moe_offload.kv_room import fill_to, make_room
@@ -42,8 +51,12 @@ class DecodeModel:
 
     def buffers(self, *sizes: int) -> StepBuffers:
         if sizes not in self._buffers:
-            self._buffers[sizes] = StepBuffers(*sizes)
+            self._buffers.setdefault(sizes, StepBuffers(*sizes))
         return self._buffers[sizes]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "DecodeModel":
+        """A copied model shares weights and threads, but not the memory that a step works in."""
+        return DecodeModel(self.engine)
 
 
 class DecodeLayer:
@@ -53,37 +66,35 @@ class DecodeLayer:
         self.shared, self.layer, self.experts = shared, layer, experts
         self._snapshot = Snapshot()
         self._plans: dict[tuple[Any, ...], LayerPlan | None] = {}
+        self._looked = True  # since the last step that was none
 
     @cached_property
-    def _index(self) -> int:
-        return int(self.layer.self_attn.layer_idx)
-
-    @cached_property
-    def _inner(self) -> list[nn.Module]:
-        return list(self.layer.modules())[1:]
-
-    @cached_property
-    def _linears(self) -> dict[str, nn.Module | None]:
-        return {name: self.layer.self_attn._modules[name] for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+    def _inner(self) -> list[tuple[dict[str, nn.Module | None], str, nn.Module]]:
+        """Every module inside of the layer, and where it hangs."""
+        return [
+            (parent._modules, name, child)
+            for parent in self.layer.modules()
+            for name, child in parent._modules.items()
+            if child is not None
+        ]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DecodeLayer":
-        """A copied model shares weights and threads, but not the memory that a step works in."""
-        return DecodeLayer(DecodeModel(self.shared.engine), copy.deepcopy(self.layer, memo), self.experts)
+        """See `DecodeModel`."""
+        return DecodeLayer(copy.deepcopy(self.shared, memo), copy.deepcopy(self.layer, memo), self.experts)
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if args or not self._is_step(hidden_states, kwargs):
+        if torch.compiler.is_compiling() or args or not self._is_step(hidden_states, kwargs):
+            self._looked = False
             return self._original(hidden_states, *args, **kwargs)
-        cache = kwargs["past_key_values"].layers[self._index]
+        cache = kwargs["past_key_values"].layers[self.layer.self_attn.layer_idx]
         position = cache.keys.shape[2]
         cos, sin = kwargs["position_embeddings"]
         plan = self._plan(hidden_states, cache, cos)
-        if plan is None:
+        step = self.shared.inputs.of(kwargs["attention_mask"], cos, sin, len(hidden_states), position + 1)
+        if plan is None or step is None or not plan.takes(cache.keys, cache.values):
             return self._original(hidden_states, **kwargs)
         b = plan.buffers
         with self.shared.engine.in_flight(), b.lock:
-            step = self.shared.inputs.of(kwargs["attention_mask"], cos, sin, len(hidden_states), position + 1)
-            if step is None:
-                return self._original(hidden_states, **kwargs)
             keys, values = make_room(cache)
             b.x_tensor.copy_(hidden_states[:, 0])
             b.lengths[:] = position + 1
@@ -107,11 +118,17 @@ class DecodeLayer:
         return result
 
     def _is_step(self, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> bool:
-        if hidden_states.dim() != 3 or hidden_states.shape[1] != 1 or len(hidden_states) > MOST_SEQUENCES:
+        if type(hidden_states) is not torch.Tensor or hidden_states.dim() != 3:
+            return False
+        if hidden_states.shape[1] != 1 or len(hidden_states) > MOST_SEQUENCES:
             return False
         if hidden_states.device.type != "cpu" or hidden_states.dtype not in WEIGHT_TYPES:
             return False
-        if torch.is_grad_enabled() and (hidden_states.requires_grad or self.layer.training):
+        if self.layer.training or torch.is_autocast_enabled("cpu") or torch.jit.is_tracing():  # type: ignore[no-untyped-call]
+            return False
+        if torch.is_grad_enabled() and (
+            hidden_states.requires_grad or any(p.requires_grad for p in self.layer.parameters())
+        ):
             return False
         if kwargs.keys() - _KNOWN_ARGUMENTS and any(
             value is not None and value is not False for name, value in kwargs.items() if name not in _KNOWN_ARGUMENTS
@@ -122,35 +139,41 @@ class DecodeLayer:
         if not self._plain_cache(kwargs.get("past_key_values"), hidden_states):
             return False
         attention = self.layer.self_attn
-        if attention.config._attn_implementation not in _ATTENTIONS or torch.compiler.is_compiling():
-            return False
-        if any(attention._modules.get(name) is not module for name, module in self._linears.items()):
+        if attention.config._attn_implementation not in _ATTENTIONS:
             return False
         if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
             return False
-        return not any(m._forward_hooks or m._forward_pre_hooks for m in self._inner)
+        return all(
+            modules.get(name) is m
+            and not (m._forward_hooks or m._forward_pre_hooks or m.training or "forward" in m.__dict__)
+            for modules, name, m in self._inner
+        )
 
     def _plain_cache(self, cache: Any, hidden_states: torch.Tensor) -> bool:
-        layers = getattr(cache, "layers", None)
-        if layers is None or self._index >= len(layers) or getattr(cache, "offloading", False):
+        if not isinstance(cache, Cache) or type(cache).update is not Cache.update or cache.offloading:
             return False
-        layer = layers[self._index]
+        index = self.layer.self_attn.layer_idx
+        layer = cache.layers[index] if index < len(cache.layers) else None
         if type(layer) is not DynamicLayer or not layer.is_initialized:
             return False
-        keys = layer.keys
-        return keys.dim() == 4 and len(keys) == len(hidden_states) and keys.shape[2] > 0 and keys.dtype in WEIGHT_TYPES
+        # a cache in another type becomes what both types promote to
+        return layer.get_seq_length() > 0 and layer.keys.dtype == layer.values.dtype == hidden_states.dtype
 
     def _plan(self, hidden_states: torch.Tensor, cache: Any, cos: torch.Tensor) -> LayerPlan | None:
-        if not self._snapshot.holds():
-            self._plans.clear()
-            self._snapshot = Snapshot()
-        key = len(hidden_states), hidden_states.dtype, cache.keys.dtype, cos.shape[-1]
-        if key not in self._plans:
-            self._plans[key] = self._make_plan(hidden_states, cache, cos)
-        return self._plans[key]
+        snapshot, plans = self._snapshot, self._plans
+        if not (snapshot.holds() and (self._looked or snapshot.same())):
+            # plans in other threads go on with what they were made of
+            snapshot, plans = self._snapshot, self._plans = Snapshot(), {}
+        self._looked = True
+        key = len(hidden_states), hidden_states.dtype, cos.shape[-1]
+        if key not in plans:
+            plans[key] = self._make_plan(snapshot, hidden_states, cos)
+        return plans[key]
 
-    def _make_plan(self, hidden_states: torch.Tensor, cache: Any, cos: torch.Tensor) -> LayerPlan | None:
-        layer, snapshot = self.layer, self._snapshot
+    def _make_plan(self, snapshot: Snapshot, hidden_states: torch.Tensor, cos: torch.Tensor) -> LayerPlan | None:
+        layer, model_type = self.layer, WEIGHT_TYPES[hidden_states.dtype]
+        if model_type == "f16" and not current_target().half:
+            return None
         modules = read_attention(layer, snapshot)
         if modules is None:
             return None
@@ -170,9 +193,8 @@ class DecodeLayer:
         half = cos.shape[-1] if type(layer).__name__ == "GptOssDecoderLayer" else cos.shape[-1] // 2
         engine = self.shared.engine
         return LayerPlan(
-            buffers, modules, found, router if after_norm is not None else None, self.experts, after_norm, half,
-            WEIGHT_TYPES[hidden_states.dtype], WEIGHT_TYPES[cache.keys.dtype], engine.options.activations,
-            engine.team,
+            buffers, snapshot, modules, found, router if after_norm is not None else None, self.experts, after_norm,
+            half, model_type, model_type, engine.options.activations, engine.team,
         )  # fmt: skip
 
     def _count(self, plan: LayerPlan) -> None:
@@ -186,7 +208,8 @@ def attach(engine: Any, model: nn.Module, experts: Mapping[str, Any]) -> list[nn
     shared = DecodeModel(engine)
     taken = []
     for path, layer in model.named_modules():
-        if type(layer).__name__ in LAYER_CLASSES and "forward" not in layer.__dict__:
+        known = type(layer).__name__ in LAYER_CLASSES and is_transformers(layer)
+        if known and "forward" not in layer.__dict__:
             inside = [each for name, each in experts.items() if name.startswith(path + ".")]
             packed = inside[0] if len(inside) == 1 and isinstance(inside[0], PackedLayer) else None
             layer.__dict__["forward"] = DecodeLayer(shared, layer, packed)

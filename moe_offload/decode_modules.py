@@ -4,7 +4,7 @@ Only classes that are known are taken: transformers names things alike in archit
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,30 +30,71 @@ ROUTERS: dict[str, Routing] = {
 WEIGHT_TYPES: dict[torch.dtype, WeightType] = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 
 
+class _Watched(NamedTuple):
+    """A parameter as it was found."""
+
+    parameters: dict[str, nn.Parameter | None]  # of its module
+    name: str
+    tensor: torch.Tensor | None
+    address: int
+    version: int | None  # None: tensors of inference mode count no versions
+
+
 class Snapshot:
-    """f32 copies of small parameters, and whether the parameters are still what was copied."""
+    """Parameters that a plan reads, small ones as f32 copies, and whether they still are what was found.
+
+    Writing through `.data` counts no version: `same` sees it, at the cost of comparing the copies.
+    """
 
     def __init__(self) -> None:
-        self._arrays: list[NDArray[np.float32]] = []
-        self._taken: list[tuple[torch.Tensor, int, int]] = []
+        self._copies: list[tuple[torch.Tensor, NDArray[np.float32]]] = []
+        self._watched: list[_Watched] = []
 
-    def take(self, parameter: torch.Tensor | None) -> int:
-        """Address of an f32 copy; 0 for None."""
-        if parameter is None:
+    def take(self, module: nn.Module, name: str) -> int:
+        """Address of a parameter's values in f32; 0 where there is none."""
+        tensor = self._watch(module, name)
+        if tensor is None:
             return 0
-        values = parameter.detach().to(torch.float32).contiguous().numpy().copy()
-        self._arrays.append(values)
-        self.watch(parameter)
-        return int(values.ctypes.data)
+        if tensor.dtype == torch.float32 and tensor.is_contiguous():
+            return tensor.data_ptr()
+        copy = _floats(tensor)
+        self._copies.append((tensor, copy))
+        return int(copy.ctypes.data)
 
-    def watch(self, parameter: torch.Tensor) -> int:
-        """Address of the parameter itself, which is to stay as it is."""
-        self._taken.append((parameter, parameter.data_ptr(), parameter._version))
-        return parameter.data_ptr()
+    def watch(self, module: nn.Module, name: str) -> int:
+        """Address of a parameter itself."""
+        tensor = self._watch(module, name)
+        assert tensor is not None
+        return tensor.data_ptr()
+
+    def _watch(self, module: nn.Module, name: str) -> torch.Tensor | None:
+        tensor = module._parameters.get(name)
+        address, version = 0, None
+        if tensor is not None:
+            address, version = tensor.data_ptr(), None if tensor.is_inference() else tensor._version
+        self._watched.append(_Watched(module._parameters, name, tensor, address, version))
+        return tensor
 
     def holds(self) -> bool:
-        """Whether no parameter was written to or moved since."""
-        return all(p.data_ptr() == address and p._version == version for p, address, version in self._taken)
+        """Whether no parameter was replaced, moved or written to since."""
+        for parameters, name, tensor, address, version in self._watched:
+            if parameters.get(name) is not tensor:
+                return False
+            if tensor is not None and (
+                tensor.data_ptr() != address or (version is not None and tensor._version != version)
+            ):
+                return False
+        return True
+
+    def same(self) -> bool:
+        """Whether the copies still have the parameters' values."""
+        return all(_floats(tensor).tobytes() == copy.tobytes() for tensor, copy in self._copies)
+
+
+def _floats(tensor: torch.Tensor) -> NDArray[np.float32]:
+    """A copy in f32."""
+    values: NDArray[np.float32] = tensor.detach().to(torch.float32).contiguous().numpy().copy()
+    return values
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,23 +125,28 @@ def read_norm(module: nn.Module, snapshot: Snapshot) -> Norm | None:
     if type(module) is nn.LayerNorm:
         if module.weight is None or module.bias is None:
             return None
-        return Norm(snapshot.take(module.weight), module.eps, snapshot.take(module.bias))
-    if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
-        return Norm(snapshot.take(module.weight), float(module.variance_epsilon))  # type: ignore[arg-type]
+        return Norm(snapshot.take(module, "weight"), module.eps, snapshot.take(module, "bias"))
+    if is_transformers(module) and type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
+        return Norm(snapshot.take(module, "weight"), float(module.variance_epsilon))  # type: ignore[arg-type]
     return None
+
+
+def is_transformers(module: nn.Module) -> bool:
+    """Whether a module's class is transformers' own: a checkpoint's code may bear the same names."""
+    return type(module).__module__.startswith("transformers.models.")
 
 
 def read_attention(layer: Any, snapshot: Snapshot) -> AttentionModules | None:
     """The attention of a decoder layer; None where the fused step does not know it."""
-    if type(layer).__name__ not in LAYER_CLASSES:
-        return None
     attention = layer.self_attn
     norm = read_norm(layer.input_layernorm, snapshot)
     if norm is None:
         return None
     size = int(attention.head_dim)
-    q_norm, k_norm = (read_norm(m, snapshot) if isinstance(m, nn.Module) else None for m in (
-        getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)))  # fmt: skip
+    norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+    q_norm, k_norm = (None if each is None else read_norm(each, snapshot) for each in norms)
+    if (q_norm is None) != (norms[0] is None) or (k_norm is None) != (norms[1] is None):
+        return None
     q_heads, kv_heads = (m.out_features // size for m in (attention.q_proj, attention.k_proj))
     config = attention.config
     heads = HeadsShape(
@@ -112,12 +158,14 @@ def read_attention(layer: Any, snapshot: Snapshot) -> AttentionModules | None:
     )  # fmt: skip
     return AttentionModules(
         norm, (attention.q_proj, attention.k_proj, attention.v_proj), attention.o_proj, heads,
-        float(attention.scaling), snapshot.take(getattr(attention, "sinks", None)),
+        float(attention.scaling), snapshot.take(attention, "sinks"),
     )  # fmt: skip
 
 
 def read_router(block: Any, snapshot: Snapshot) -> RouterModule | None:
     """The router of a MoE block that is a router and experts alone; None for any other block."""
+    if not is_transformers(block):
+        return None
     children = dict(block.named_children())
     experts = children.pop("experts", None)
     if experts is None or len(children) != 1:
@@ -128,8 +176,6 @@ def read_router(block: Any, snapshot: Snapshot) -> RouterModule | None:
         return None
     if routing == "softmax" and router.norm_topk_prob:
         routing = "softmax_normed"
-    snapshot.watch(router.weight)
+    snapshot.watch(router, "weight")
     rounded = type(router).__name__ != "MixtralTopKRouter"
-    return RouterModule(
-        router.weight, snapshot.take(getattr(router, "bias", None)), int(router.top_k), routing, rounded
-    )
+    return RouterModule(router.weight, snapshot.take(router, "bias"), int(router.top_k), routing, rounded)

@@ -57,9 +57,10 @@ class StepBuffers:
         self.keys, self.values = (np.zeros((tokens, kv_width), np.float32) for _ in range(2))
         self.logits = np.zeros((tokens, max(experts, 1)), np.float32)
         self.lengths, self.starts = (np.zeros(tokens, np.int64) for _ in range(2))
-        self.x_tensor, self.after_tensor, self.out_tensor = (
-            torch.from_numpy(array) for array in (self.x, self.after, self.out)
-        )
+        with torch.inference_mode(False):  # tensors made in inference mode cannot be written to outside of it
+            self.x_tensor, self.after_tensor, self.out_tensor = (
+                torch.from_numpy(array) for array in (self.x, self.after, self.out)
+            )
 
 
 def address(array: NDArray[Any]) -> int:
@@ -72,6 +73,7 @@ class LayerPlan:
     def __init__(
         self,
         buffers: StepBuffers,
+        snapshot: Snapshot,
         modules: AttentionModules,
         sources: Sequence[Source],  # q, k, v, output
         router: RouterModule | None,
@@ -84,6 +86,7 @@ class LayerPlan:
         team: Team,
     ) -> None:
         self.buffers, self.team = buffers, team
+        self._keep = snapshot, modules  # what the addresses are of
         self._kernels: list[Any] = []
         self._memory: list[Any] = []
         self._activations, self._model_type = activations, model_type
@@ -115,6 +118,12 @@ class LayerPlan:
         else:
             self._experts_layer = None
         self._chain: Chain | None = None
+
+    def takes(self, keys: torch.Tensor, values: torch.Tensor) -> bool:
+        """Whether the step can read and extend this cache [B, Hkv, L, D]."""
+        shape = self._attention.shape
+        wanted = (self.buffers.tokens, shape.kv_heads, keys.shape[2], shape.head_size)
+        return keys.shape == wanted and values.shape == wanted
 
     @property
     def whole(self) -> bool:
@@ -209,13 +218,14 @@ class LayerPlan:
 
 def source_of(module: nn.Module, snapshot: Snapshot) -> Source | None:
     """The matrix of a linear layer in host memory; None where the kernels cannot read it."""
-    bias = getattr(module, "bias", None)
     if type(module) is nn.Linear:
         weight = module.weight
         if weight.device.type != "cpu" or not weight.is_contiguous() or weight.dtype not in WEIGHT_TYPES:
             return None
-        return Source(WEIGHT_TYPES[weight.dtype], 32, snapshot.watch(weight), module.out_features, snapshot.take(bias))
+        address, bias = snapshot.watch(module, "weight"), snapshot.take(module, "bias")
+        return Source(WEIGHT_TYPES[weight.dtype], 32, address, module.out_features, bias)
     if type(module) is PackedLinear:
         layout = module.packed.layout
-        return Source(layout.dtype, layout.group, module.packed.address, layout.rows, snapshot.take(bias))
+        bias = snapshot.take(module, "bias")
+        return Source(layout.dtype, layout.group, module.packed.address, layout.rows, bias)
     return None

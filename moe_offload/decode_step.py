@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+_HIDDEN = -1e4  # added to a score, leaves a weight of 0; what is nearer to 0 is a bias
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -21,6 +23,10 @@ class Step:
     cos: NDArray[np.float32]
     sin: NDArray[np.float32]
     starts: NDArray[np.int64]  # the first position that each sequence sees
+
+    @property
+    def batch(self) -> int:
+        return len(self.starts)
 
     @property
     def cos_address(self) -> int:
@@ -46,11 +52,11 @@ class StepInputs:
     ) -> Step | None:
         """The step of these inputs, `length` positions with the new one; None for a mask that is not a left padding."""
         step, last_mask, last_cos, last_length = self._last
-        if last_mask is mask and last_cos is cos and last_length == length:
+        if last_mask is mask and last_cos is cos and last_length == length and (step is None or step.batch == batch):
             return step
         starts = _starts(mask, batch, length)
         step = None
-        if starts is not None:
+        if starts is not None and cos.shape == sin.shape and cos.shape[:-1] in ((1, 1), (batch, 1)):
             rows = [part.reshape(-1, part.shape[-1]).to(torch.float32).contiguous().numpy() for part in (cos, sin)]
             step = Step(mask, cos, length, rows[0], rows[1], starts)
         self._last = step, mask, cos, length
@@ -62,8 +68,10 @@ def _starts(mask: torch.Tensor | None, batch: int, length: int) -> NDArray[np.in
         return np.zeros(batch, np.int64)
     if mask.dim() != 4 or mask.shape[2] != 1 or mask.shape[1] != 1 or mask.shape[3] < length:
         return None
-    visible = mask[:, 0, 0] if mask.dtype == torch.bool else mask[:, 0, 0] == 0
-    visible = visible.expand(batch, -1)
+    mask = mask[:, 0, 0].expand(batch, -1)
+    visible = mask if mask.dtype == torch.bool else mask == 0
+    if mask.dtype != torch.bool and not (mask.is_floating_point() and bool((visible | (mask <= _HIDDEN)).all())):
+        return None
     starts = visible.to(torch.int8).argmax(dim=1)
     # all from the first visible position to the new one, and nothing behind it
     positions = torch.arange(visible.shape[1])[None]

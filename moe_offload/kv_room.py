@@ -4,7 +4,8 @@ transformers' DynamicLayer grows by concatenation: every token copies the whole 
 of 4 heads of 128 in bf16). Here the cache gets a buffer with room, and its `keys` and `values` are views of the part
 that is filled: the same contents, shapes and types, so that everything else that reads or changes the cache (crop,
 beam reordering, a prefill in between) goes on working. What it leaves behind is recognised by its address; anything
-that is not a view of the buffer any more is copied into a new one.
+that is not a view of the buffer any more is copied into a new one, and so is what was cropped: somebody may still look
+at the positions behind it.
 """
 
 from dataclasses import dataclass
@@ -18,23 +19,27 @@ _LEAST = 256  # positions
 
 @dataclass(slots=True)
 class _Room:
-    """`owner` is the cache layer: a shallow copy of it shares the attribute, but must not share the buffer."""
+    """`owner` is the cache layer's id: a shallow copy of it shares the attribute, but must not share the buffer.
 
-    owner: Any
+    No reference: a cache is to be freed with its last user, not when the garbage collector comes by.
+    """
+
+    owner: int
     keys: torch.Tensor  # [B, Hkv, capacity, D]
     values: torch.Tensor
+    filled: int  # positions ever written
 
 
 def make_room(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Buffers that hold the cache layer's keys and values at their beginning, and at least one position more."""
     keys, values = layer.keys, layer.values
     room: _Room | None = layer.__dict__.get(_ATTRIBUTE)
-    if room is not None and room.owner is layer:
-        if _begins(keys, room.keys) and _begins(values, room.values) and keys.shape[2] < room.keys.shape[2]:
-            return room.keys, room.values
     length = keys.shape[2]
+    if room is not None and room.owner == id(layer) and room.filled == length < room.keys.shape[2]:
+        if _begins(keys, room.keys) and _begins(values, room.values):
+            return room.keys, room.values
     capacity = max(_LEAST, (length + length // 4) // 64 * 64 + 128)
-    room = _Room(layer, _roomy(keys, capacity), _roomy(values, capacity))
+    room = _Room(id(layer), _roomy(keys, capacity), _roomy(values, capacity), length)
     layer.__dict__[_ATTRIBUTE] = room
     return room.keys, room.values
 
@@ -42,6 +47,7 @@ def make_room(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
 def fill_to(layer: Any, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
     """The first `length` positions of the buffers are the cache's content now."""
     layer.keys, layer.values = keys[:, :, :length], values[:, :, :length]
+    layer.__dict__[_ATTRIBUTE].filled = length
 
 
 def _begins(view: torch.Tensor, buffer: torch.Tensor) -> bool:
