@@ -42,7 +42,8 @@ def read_f32(matrix: MatrixSet, weights: WeightFormat, checkpoint: Checkpoint, e
         if weights == "mxfp4":
             codes, exponents = read_mxfp4(matrix, checkpoint, expert)
             scale = np.ldexp(np.float32(1), exponents.astype(np.int32) - 127)
-            return _FP4_VALUES[codes] * np.repeat(scale, 32, axis=1)
+            decoded: NDArray[np.float32] = _FP4_VALUES[codes] * np.repeat(scale, 32, axis=1)
+            return decoded
         values = _fp8_values()[stored.view(torch.uint8).numpy()]
         factors = _floats(scales)
         blocks = values.reshape(len(factors), len(values) // len(factors), factors.shape[1], -1)

@@ -111,7 +111,8 @@ def make_report(name: str, folder: Path, options: Options) -> Report:
     skeleton = build_skeleton(config)
     spec = MoeSpec.from_hf(config, skeleton)
     checkpoint = _checkpoint(folder)
-    stored, packs = None, ()
+    stored = None
+    packs: tuple[PackFile, ...] = ()
     choice = WeightChoice(None)
     if checkpoint is not None:
         located = locate_experts(skeleton, checkpoint, spec)

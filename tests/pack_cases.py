@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 
 from moe_offload.cpu_kernels.packed_layout import ExpertRecord
 from moe_offload.cpu_kernels.packing import unpack_matrix
-from moe_offload.models import skeleton as skeletons
 from moe_offload.models.checkpoint import Checkpoint
+from moe_offload.models.dequantize import read_matrix
 from moe_offload.models.expert_weights import MatrixSet
 from moe_offload.transfer.expert_pack import ExpertPack
 from tests import tiny_models
@@ -58,14 +58,13 @@ def detach_with_packed_weights(model: PreTrainedModel, monkeypatch: pytest.Monke
         for slot, matrix in enumerate((weights.gate, weights.up, weights.down))
         if matrix is not None
     }
-    original = skeletons.read_matrix
 
     def read(matrix: MatrixSet, weights: str, checkpoint: Checkpoint, expert: int, dtype: torch.dtype) -> torch.Tensor:
         if id(matrix) not in where:  # a bias
-            return original(matrix, weights, checkpoint, expert, dtype)  # type: ignore[arg-type]
+            return read_matrix(matrix, weights, checkpoint, expert, dtype)  # type: ignore[arg-type]
         path, slot = where[id(matrix)]
         return torch.from_numpy(unpacked(pack, path, expert)[slot]).to(dtype)
 
     with monkeypatch.context() as patch:
-        patch.setattr(skeletons, "read_matrix", read)
-        return engine.detach()  # type: ignore[no-any-return]
+        patch.setattr("moe_offload.models.skeleton.read_matrix", read)
+        return engine.detach()

@@ -18,7 +18,8 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return cli_model.make_folder(tmp_path_factory.mktemp("convert") / "model", **SIZES)
+    sizes: dict[str, Any] = dict(SIZES)
+    return cli_model.make_folder(tmp_path_factory.mktemp("convert") / "model", **sizes)
 
 
 @pytest.fixture

@@ -5,10 +5,12 @@ One layer's worth of a model stands for all: sections of a few records, whose by
 """
 
 import errno
+import fcntl
 import json
 import logging
 import os
 import re
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -20,11 +22,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moe_offload import pack_cache
 from moe_offload.cpu_kernels.packed_layout import ExpertRecord, PackedMatrix
 from moe_offload.models.errors import PackError
 from moe_offload.pack_cache import PackCache
-from moe_offload.transfer import pack_layout, pack_writer
+from moe_offload.transfer import pack_layout
 from moe_offload.transfer.expert_pack import ExpertPack
 from moe_offload.transfer.pack_layout import PackPlan, UnusablePackError
 from moe_offload.transfer.pack_writer import PackWriter, journal_path, partial_path
@@ -227,7 +228,7 @@ def test_a_stamp_that_is_garbage(cache: PackCache) -> None:
 
 def test_a_full_disk_is_seen_before(cache: PackCache, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(pack_cache.shutil, "disk_usage", lambda folder: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     conversion = Conversion()
     with pytest.raises(PackError, match=rf"{cache.path.parent} is full: .* need \d+.* KB there, and 1\.0 KB are free"):
         cache.open(conversion)
@@ -248,7 +249,7 @@ def test_a_disk_that_fills_up(cache: PackCache, monkeypatch: pytest.MonkeyPatch,
 
     first = Conversion()
     with monkeypatch.context() as patch:
-        patch.setattr(pack_writer.os, call, failing)
+        patch.setattr(os, call, failing)
         try:
             cache.open(first).close()
         except PackError as error:
@@ -268,7 +269,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "file").touch()
     with pytest.raises(PackError, match=r"cannot be kept in .*file/packs: .*pack_dir, --pack-dir"):
         PackCache(tmp_path / "file" / "packs" / "x.pack", PLAN).open(Conversion())
-    monkeypatch.setattr(pack_cache.os, "open", _read_only(os.open))
+    monkeypatch.setattr(os, "open", _read_only(os.open))
     with pytest.raises(PackError, match=r"Read-only file system; give a folder that can be written to"):
         PackCache(tmp_path / "x.pack", PLAN).open(Conversion())
 
@@ -285,7 +286,7 @@ def _read_only(real: Callable[..., int]) -> Callable[..., int]:
 def test_a_pack_on_read_only_media_is_used(cache: PackCache, monkeypatch: pytest.MonkeyPatch) -> None:
     cache.open(Conversion()).close()
     cache.path.with_name(cache.path.name + ".verified").unlink()
-    monkeypatch.setattr(pack_cache.os, "open", _read_only(os.open))
+    monkeypatch.setattr(os, "open", _read_only(os.open))
     monkeypatch.setattr(Path, "write_text", lambda *_: (_ for _ in ()).throw(OSError(errno.EROFS, "read-only")))
     nothing = Conversion()
     check(cache.open(nothing))
@@ -330,7 +331,7 @@ def test_file_systems_without_locks(
     def no_locks(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(pack_cache.fcntl, "flock", no_locks)
+    monkeypatch.setattr(fcntl, "flock", no_locks)
     with caplog.at_level(logging.INFO):
         check(cache.open(Conversion()))
     assert "has no locks" in caplog.text

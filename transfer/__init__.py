@@ -1,1 +1,1 @@
-"""Where expert weights lie and how they move: mapped files now; device slots and copies later."""
+"""Where expert weights lie and how they move: mapped files and packs now; device slots and copies later."""

@@ -3,7 +3,7 @@
 import os
 import zlib
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +42,8 @@ class ExpertPack:
         starts = first + np.arange(section.count, dtype=np.int64) * section.record_bytes
         gated, bias = record.gated, record.bias
         present = np.array([gated, True, True, gated and bias, bias, bias])
-        return (starts[:, None] + np.array(record.offsets, np.int64)) * present
+        addresses: NDArray[np.int64] = (starts[:, None] + np.array(record.offsets, np.int64)) * present
+        return addresses
 
     def record(self, name: str, index: int) -> NDArray[np.uint8]:
         """The bytes of one record: an expert, or (index 0) a matrix."""
@@ -60,7 +61,7 @@ class ExpertPack:
         descriptor = os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         pool = ThreadPoolExecutor(threads, thread_name_prefix="verify")
         try:
-            running = {}
+            running: dict[Future[bool], tuple[Section, int]] = {}
             while True:
                 while len(running) < 2 * threads and (job := next(jobs, None)) is not None:
                     running[pool.submit(self._is_intact, descriptor, *job)] = job

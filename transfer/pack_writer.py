@@ -71,11 +71,11 @@ class PackWriter:
         """Write one record; several threads may. Returns its checksum, for `finish_section`."""
         if record.nbytes != section.record_bytes:
             raise ValueError(f"a record of {section.name} has {section.record_bytes} bytes, got {record.nbytes}")
-        content, at = memoryview(record), self.plan.position(section, index)
+        content, at = record.data, self.plan.position(section, index)
         while content:
             count = os.pwrite(self._file, content, at)
             content, at = content[count:], at + count
-        return zlib.crc32(record)
+        return zlib.crc32(record.data)
 
     def finish_section(self, section: Section, checksums: list[int]) -> None:
         """All records of `section` are written: make sure of it, and note it down."""
