@@ -116,7 +116,8 @@ class PackedLinear(nn.Module):
         x = input.detach().reshape(tokens, self.in_features).to("cpu", torch.float32).contiguous()
         out = torch.empty(tokens, self.out_features, dtype=torch.float32)
         bias = self.float_bias()
-        self.packed.multiply(self.packed.kernel, [self.matrix(bias)], x.numpy(), [out.numpy()])
+        if tokens:
+            self.packed.multiply(self.packed.kernel, [self.matrix(bias)], x.numpy(), [out.numpy()])
         return out.to(input.device, input.dtype).reshape(*input.shape[:-1], self.out_features)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "PackedLinear":

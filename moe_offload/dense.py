@@ -10,10 +10,11 @@ import logging
 import mmap
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
+from math import ceil, log2
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from transformers import PreTrainedModel
 from moe_offload.cpu_kernels import matrices, packing
 from moe_offload.cpu_kernels.matrices import MatrixKernel
 from moe_offload.cpu_kernels.packed_layout import WIDTH, PackedMatrix
+from moe_offload.models.checkpoint import Checkpoint
 from moe_offload.models.compat import KeyResolver
 from moe_offload.models.packed_linear import Multiply, PackedLinear, PackedWeights, row_bytes, row_range
 from moe_offload.models.safetensors_header import TensorRecord
@@ -35,7 +37,8 @@ logger = logging.getLogger(__name__)
 
 GROUP = 32  # weights to a scale
 SMALLEST = WIDTH  # linears with fewer inputs or outputs are not worth a block
-_AT_ONCE = 1 << 20  # weights that a thread packs at a time: about 10 MB on the way
+_PACKED_AT_ONCE = 1 << 20  # weights that a thread takes at a time: about 10 MB on the way
+_COMPARED_AT_ONCE = 1 << 24
 _QUIET = 2.0  # seconds before progress is told
 # Routing decides which experts run: a small error there is a large one. But GatedDeltaNet and its like are no routers.
 _ROUTERS = re.compile(r"[Rr]outer|[Tt]op[Kk]|Gate(?!d)")
@@ -44,10 +47,28 @@ _READ_AS_TENSORS = ("dt_proj",)  # Mamba multiplies with the weight itself, at e
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """Where a linear's weight comes from: a tensor of the checkpoint, or the parameter that it is tied to."""
+    """Where a linear's weight comes from: a tensor of the checkpoint, or the parameter that it is tied to.
+
+    `scales` are those of FP8 in blocks.
+    """
 
     record: TensorRecord | None
+    scales: TensorRecord | None = None
     tied_to: str = ""
+
+    def rows(self, checkpoint: Checkpoint, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
+        """Rows first to last as a plain load gives them; a view of the file where that is what is stored."""
+        assert self.record is not None
+        stored = checkpoint.view(self.record)
+        if self.scales is None:
+            return stored[first:last].to(dtype)
+        scales = checkpoint.view(self.scales).float()
+        # The last block of a side may be cut. Blocks are of 128, or of another power of two.
+        heights, widths = (
+            torch.arange(size) // 2 ** ceil(log2(-(-size // count)))
+            for size, count in zip(stored.shape, scales.shape, strict=True)
+        )
+        return (stored[first:last].float() * scales[heights[first:last]][:, widths]).to(dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +96,9 @@ class DenseLinears:
             if each.source.record is None:
                 each.linear.weight = model.get_parameter(each.source.tied_to)
             else:
-                value = skeleton.checkpoint.view(each.source.record).to(packed.dtype, copy=True)
+                value = torch.empty(packed.out_features, packed.in_features, dtype=packed.dtype)
+                for first, last in _pieces(*value.shape, _COMPARED_AT_ONCE):
+                    value[first:last] = each.source.rows(skeleton.checkpoint, first, last, packed.dtype)
                 each.linear.weight = nn.Parameter(value, requires_grad=each.requires_grad)
             each.linear.bias = packed.bias
             each.linear.train(packed.training)
@@ -108,14 +131,10 @@ def pack_dense(
         for path, linear in linears.items():
             layout, source, weight = layouts[path], sources[path], linear.weight
             place = memory[at : at + layout.nbytes]
-            original = None if source.record is None else skeleton.checkpoint.view(source.record)
-            try:
-                same = _pack(weight.detach(), original, layout, place, pool)
-            except ValueError as error:
-                logger.warning("%s stays as it is stored: %s", path, error)
-                same = False
+            reason = _obstacle(weight.detach(), source, skeleton.checkpoint, layout, place, pool)
             report(weight.nbytes)
-            if not same:
+            if reason:
+                logger.warning("%s stays as it is stored: %s", path, reason)
                 continue
             at += layout.nbytes
             stored_bytes += weight.nbytes if source.record is not None else 0
@@ -192,44 +211,51 @@ def _find_sources(model: PreTrainedModel, skeleton: Skeleton, linears: dict[str,
     for path, linear in linears.items():
         record = records.get(f"{path}.weight")
         if id(linear.weight) in tied:
-            sources[path] = _Source(None, tied[id(linear.weight)])
+            sources[path] = _Source(None, tied_to=tied[id(linear.weight)])
         elif record is not None and record.shape == tuple(linear.weight.shape) and id(linear.weight) not in shared:
-            sources[path] = _Source(record)
+            scales = skeleton.checkpoint.records.get(f"{record.name}_scale_inv") if record.dtype == "F8_E4M3" else None
+            sources[path] = _Source(record, scales)
             shared.add(id(linear.weight))
     return sources
 
 
-def _pack(
-    weight: torch.Tensor, original: torch.Tensor | None, layout: PackedMatrix, out: NDArray[np.uint8], pool: Executor
-) -> bool:
-    """Pack weight [N, K] into `out`; False when it is not what `original` holds.
+def _obstacle(
+    weight: torch.Tensor, source: _Source, checkpoint: Checkpoint, layout: PackedMatrix, out: NDArray[np.uint8],
+    pool: Executor,
+) -> str:  # fmt: skip
+    """Pack weight [N, K] into `out`, or say why it cannot be replaced."""
+    if source.record is not None:
+        for first, last in _pieces(layout.rows, layout.cols, _COMPARED_AT_ONCE):
+            if not torch.equal(weight[first:last], source.rows(checkpoint, first, last, weight.dtype)):
+                return "it is not what the checkpoint holds"
+    try:
+        _pack(weight, layout, out, pool)
+    except ValueError as error:
+        return str(error)
+    return ""
 
-    Raises ValueError for weights that the format cannot hold.
-    """
-    step = max(1, _AT_ONCE // (WIDTH * layout.cols)) * WIDTH
 
-    def work(first: int) -> bool:
-        part = row_range(layout, first, min(step, layout.rows - first))
-        rows = weight[first : first + part.rows]
-        if original is not None and not _same(rows, original[first : first + part.rows]):
-            return False
-        packing.pack_matrix(_floats(rows), part, row_bytes(out, layout, first))
-        return True
+def _pack(weight: torch.Tensor, layout: PackedMatrix, out: NDArray[np.uint8], pool: Executor) -> None:
+    """Weight [N, K] into out [layout.nbytes]. Raises ValueError for weights that the format cannot hold."""
 
-    jobs = [pool.submit(work, first) for first in range(0, layout.rows, step)]
+    def work(first: int, last: int) -> None:
+        part = row_range(layout, first, last - first)
+        packing.pack_matrix(_floats(weight[first:last]), part, row_bytes(out, layout, first))
+
+    jobs = [pool.submit(work, *piece) for piece in _pieces(layout.rows, layout.cols, _PACKED_AT_ONCE)]
     wait(jobs)  # all of them: `out` may be used again after an error
-    return all([job.result() for job in jobs])
+    for job in jobs:
+        job.result()
 
 
-def _same(rows: torch.Tensor, original: torch.Tensor) -> bool:
-    """Whether both hold the same numbers, in numpy where torch would start a team for every one of our threads."""
-    if rows.dtype != original.dtype:
-        original = original.to(rows.dtype)
-    a, b = (each.contiguous().view(torch.uint8).numpy() for each in (rows, original))
-    return bool(np.array_equal(a, b))
+def _pieces(rows: int, cols: int, weights: int) -> Iterator[tuple[int, int]]:
+    """Ranges of rows, whole blocks, of about so many weights."""
+    step = max(1, weights // (WIDTH * cols)) * WIDTH
+    return ((first, min(rows, first + step)) for first in range(0, rows, step))
 
 
 def _floats(rows: torch.Tensor) -> NDArray[np.float32]:
+    """In numpy: torch would start a team of threads for every one of ours."""
     if rows.dtype == torch.bfloat16:  # the upper half of an f32
         bits = rows.contiguous().view(torch.int16).numpy().astype(np.int32)
         return np.left_shift(bits, 16, out=bits).view(np.float32)
