@@ -1,0 +1,104 @@
+"""moe_offload and transformers: the same model object interface, the same `generate`, a clock in the streamer."""
+
+import inspect
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+from transformers.generation.streamers import BaseStreamer
+
+import moe_offload
+
+IMPLEMENTATIONS = ("eager", "grouped_mm")  # batched_mm is four times as slow on a CPU
+
+
+class Clock(BaseStreamer):  # type: ignore[misc]
+    """Notes when each step's tokens come."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+class TorchEngine:
+    """A transformers model, whoever runs its experts."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def describe(self) -> dict[str, Any]:
+        return {"version": f"torch {torch.__version__}, transformers {transformers.__version__}"}
+
+    @torch.inference_mode()
+    def logits(self, prompts: list[list[int]]) -> NDArray[np.float32]:
+        rows: list[NDArray[np.float32]] = [
+            self._model(torch.tensor([prompt])).logits[0].float().numpy() for prompt in prompts
+        ]
+        return np.stack(rows)
+
+    def prefill(self, prompt: list[int]) -> float:
+        started = time.perf_counter()
+        return self._times([prompt], 1)[0] - started
+
+    def decode(self, prompts: list[list[int]], new_tokens: int) -> list[float]:
+        times = self._times(prompts, new_tokens)
+        return [after - before for before, after in zip(times, times[1:], strict=False)]
+
+    def _times(self, prompts: list[list[int]], new_tokens: int) -> list[float]:
+        """When each new token was there."""
+        ids, clock = torch.tensor(prompts), Clock()
+        self._model.generate(
+            ids, attention_mask=torch.ones_like(ids), min_new_tokens=new_tokens, max_new_tokens=new_tokens,
+            do_sample=False, streamer=clock,
+        )  # fmt: skip
+        return clock.times[1:]  # the first is the prompt
+
+
+class OffloadEngine(TorchEngine):
+    """moe_offload. weights, dense: options of `moe_offload.load`."""
+
+    def __init__(self, folder: str, weights: str, dense: str | None, threads: int) -> None:
+        _prepare(threads)
+        options: dict[str, Any] = {"weights": weights, "threads": threads, "pack_dir": Path(folder).parent / "packs"}
+        if dense is not None and "dense" in inspect.signature(moe_offload.load).parameters:
+            options["dense"] = dense
+        super().__init__(moe_offload.load(folder, **options))
+
+    def describe(self) -> dict[str, Any]:
+        options = self._model.offload.options
+        names = ("weights", "dense", "activations", "threads")
+        settings = {name: getattr(options, name) for name in names if hasattr(options, name)}
+        return {**super().describe(), "moe_offload": moe_offload.__version__, **settings}
+
+
+class TransformersEngine(TorchEngine):
+    """transformers with the faster of its experts implementations, by a short trial."""
+
+    def __init__(self, folder: str, threads: int) -> None:
+        _prepare(threads)
+        super().__init__(transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16))
+        tried = {}
+        for name in IMPLEMENTATIONS:
+            self._model.set_experts_implementation(name)
+            tried[name] = median(self.decode([[3, 4, 5, 6]], 8))
+        self.implementation = min(tried, key=tried.__getitem__)
+        self._model.set_experts_implementation(self.implementation)
+
+    def describe(self) -> dict[str, Any]:
+        return {**super().describe(), "experts_implementation": self.implementation}
+
+
+def _prepare(threads: int) -> None:
+    transformers.utils.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(threads)
