@@ -39,13 +39,15 @@ def make_product(key: str, layout: PackedMatrix, arithmetic: Arithmetic, target:
     """
     # sums of more tokens do not fit 16 registers: measured no faster, and twice the code to compile
     most, most_twice = (LARGEST_TILE, 4) if target.registers >= 32 else (4, 2)
-    one, some = (make_panel(layout, arithmetic, n, 1, target) for n in (1, 4))
+    one, two, some = (make_panel(layout, arithmetic, n, 1, target) for n in (1, 2, 4))
+    # batches of a few dozen sequences give experts two or three tokens each: no lane to waste there
+    three, thrice = (make_panel(layout, arithmetic, 3, 1, target), 3) if most > 4 else (some, 4)
     many = make_panel(layout, arithmetic, most, 1, target) if most > 4 else some
     if arithmetic == "planes":
         one_twice, two_twice = (make_panel(layout, arithmetic, n, 2, target) for n in (1, 2))
         some_twice = make_panel(layout, arithmetic, most_twice, 2, target) if most_twice > 2 else two_twice
     else:  # 16-bit and exact activations come in one piece
-        one_twice, two_twice, some_twice, most_twice = one, some, some, 4
+        one_twice, two_twice, some_twice, most_twice = one, two, some, 4
 
     @specialised(key)
     def product(block: int, records: int, rows: int, tokens: int, planes: int, padded: int, to: int, step: int) -> None:
@@ -65,12 +67,18 @@ def make_product(key: str, layout: PackedMatrix, arithmetic: Arithmetic, target:
         else:
             while t < tokens:
                 left = tokens - t
-                if left > 4:
+                if left > 6:
                     many(block, records, rows + 8 * t, padded, to + t * step, step)
                     t += most
-                elif left > 1:
+                elif left == 4:
                     some(block, records, rows + 8 * t, padded, to + t * step, step)
                     t += 4
+                elif left > 2:
+                    three(block, records, rows + 8 * t, padded, to + t * step, step)
+                    t += thrice
+                elif left == 2:
+                    two(block, records, rows + 8 * t, padded, to + t * step, step)
+                    t += 2
                 else:
                     one(block, records, rows + 8 * t, padded, to + t * step, step)
                     t += 1
