@@ -4,7 +4,7 @@ import logging
 import shutil
 import tracemalloc
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import moe_offload
 from moe_offload import conversion
 from moe_offload.convert_model import read_experts
-from moe_offload.options import Options
+from moe_offload.cpu_kernels import packed_experts
+from moe_offload.options import Activations, Options
 from moe_offload.packs import find_pack, make_pack
 from tests import pack_cases, tiny_models
 from tests.conftest import Checkpoints
@@ -22,8 +23,11 @@ from tests.models.test_prequantised import fp8_checkpoint, mxfp4_checkpoint
 from tests.pack_cases import SIZES, logits, off
 
 # Biases, transposed and interleaved (gpt_oss), without a gate (nemotron_h), identities (longcat_flash), input scaled
-# (llama4), one tensor per expert (qwen3_moe, mixtral).
-ARCHITECTURES = ("qwen3_moe", "mixtral", "gpt_oss", "nemotron_h", "llama4_text", "longcat_flash")
+# (llama4), one tensor per expert (qwen3_moe, mixtral). Each pair of activation and format is a kernel to compile.
+CASES = (
+    ("qwen3_moe", "int8"), ("qwen3_moe", "int4"), ("mixtral", "int4"), ("gpt_oss", "int8"), ("nemotron_h", "int4"),
+    ("llama4_text", "int8"), ("longcat_flash", "int4"),
+)  # fmt: skip
 
 
 def load(folder: Path, **options: Any) -> PreTrainedModel:
@@ -36,8 +40,7 @@ def folder(checkpoint: Checkpoints) -> Path:
     return checkpoint("qwen3_moe", **SIZES)
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4"])
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(("arch", "weights"), CASES)
 def test_logits_are_those_of_the_packed_weights(
     arch: str, weights: str, checkpoint: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -249,6 +252,11 @@ def test_memory_of_a_conversion_is_bounded(folder: Path, tmp_path: Path) -> None
     finally:
         tracemalloc.stop()
     assert large.nbytes > 35e6 and peak < 8e6
+
+
+def test_options_offer_what_the_kernels_do() -> None:
+    """options.py is imported by the command line, which cannot wait for Numba."""
+    assert get_args(Activations) == get_args(packed_experts.Activations)
 
 
 def test_log_says_what_was_written(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
