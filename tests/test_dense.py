@@ -215,7 +215,9 @@ def test_the_stored_parameters_are_gone(folder: Path) -> None:
     assert all(each.packed.address % 64 == 0 for each in packed_linears(ours).values())
 
 
-def test_what_cannot_be_brought_back_stays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_brought_back_stays(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """A weight that the checkpoint does not hold as it is, and one that somebody hooked."""
     found = dense.dense_linears
 
@@ -231,6 +233,7 @@ def test_what_cannot_be_brought_back_stays(folder: Path, monkeypatch: pytest.Mon
     layer = "model.layers.0.self_attn"
     assert not {f"{layer}.q_proj", f"{layer}.o_proj"} & names
     assert {f"{layer}.k_proj", "model.layers.1.self_attn.q_proj"} <= names
+    assert f"1 linears stay as they are stored, such as {layer}.q_proj: it is not what the checkpoint" in caplog.text
 
 
 def test_progress_is_told_when_it_takes_long(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
