@@ -160,7 +160,7 @@ class PackedExpertKernel:
     activations: precision of the activations inside the products.
         "int16"  15 bits and a sign, in groups as the weights' (relative error of a layer about 5e-5)
         "int8"   7 bits and a sign (about 1e-2), half the arithmetic
-        "auto"   int16 for experts with up to AUTO_ROWS tokens (int4: one), which wait for memory anyway, int8 for others
+        "auto"   int16 for experts with up to AUTO_ROWS tokens (int4: one), which wait for memory anyway; else int8
         "f32"    no rounding, at about a third of the speed
     Weights of 8 bits on CPUs without a byte dot product take 16 bits in each of the first three.
     """
@@ -176,7 +176,8 @@ class PackedExpertKernel:
         self._row_bytes = row_bytes(up.padded_cols, record.group, arithmetic)
         self._middle_bytes = row_bytes(down.padded_cols, record.group, arithmetic)
         self._tiles = tile_mode(record.dtype, record.group, arithmetic)
-        planes, longest = 2 if BOTH_PLANES[activations] > MOST_BY_VECTORS else 1, max(up.padded_cols, down.padded_cols)
+        planes = 2 if both_planes(record.dtype, activations) > MOST_BY_VECTORS else 1
+        longest = max(up.padded_cols, down.padded_cols)
         self._panels_bytes = panels_bytes(CHUNK, longest, record.group, planes) if self._tiles is not None else 0
         constants = {
             word.HIDDEN: record.hidden_size,

@@ -13,7 +13,7 @@ Using tiles needs the CPU, the kernel's permission (amx.py) and a configuration:
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -107,63 +107,96 @@ class HardwareTiles(Tiles):
 
 
 class EmulatedTiles(Tiles):
-    """Tiles on the stack of the function that is emitted."""
+    """Tiles on the stack of the function that is emitted; each operation is a call, as an instruction would be one."""
 
     def __init__(self, em: Emitter, shapes: Shapes) -> None:
         super().__init__(em, shapes)
         self._memory = reserve(em, TILES * _TILE_BYTES)
 
     def zero(self, tile: int) -> None:
-        empty = self.em.const(vector(I8, TILE_ROW_BYTES), 0)
-        self._each(TILE_ROWS, lambda row: self.em.store(empty, self._row(tile, row)))
+        self._call("tile_zero", _zero, self._tile(tile))
 
     def load(self, tile: int, address: Value, stride: int) -> None:
+        shape = self.shapes[tile]
         self.zero(tile)
-        self._copy(tile, lambda row: (self.em.add(address, self.em.mul(row, stride)), self._row(tile, row)))
+        self._call(
+            f"tile_copy_{shape.rows}x{shape.row_bytes}", lambda em, *ends: _copy(em, shape, *ends),
+            address, stride, self._tile(tile), TILE_ROW_BYTES,
+        )  # fmt: skip
 
     def store(self, tile: int, address: Value, stride: int) -> None:
-        self._copy(tile, lambda row: (self._row(tile, row), self.em.add(address, self.em.mul(row, stride))))
+        shape = self.shapes[tile]
+        self._call(
+            f"tile_copy_{shape.rows}x{shape.row_bytes}", lambda em, *ends: _copy(em, shape, *ends),
+            self._tile(tile), TILE_ROW_BYTES, address, stride,
+        )  # fmt: skip
 
     def _dot(self, total: int, a: int, b: int) -> None:
-        em, ints = self.em, vector(I32, TILE_ROW_BYTES // 4)
+        rows, quads = self.shapes[total].rows, self.shapes[b].rows
+        self._call(
+            f"tile_dot_{rows}x{quads}", lambda em, *tiles: _dot(em, rows, quads, *tiles),
+            *(self._tile(tile) for tile in (total, a, b)),
+        )  # fmt: skip
 
-        def bytes_of(lanes: Value) -> list[Value]:
-            shifted = [em.b.shl(lanes, em.const(ints, 24 - 8 * i)) for i in range(4)]
-            return [em.b.ashr(value, em.const(ints, 24)) for value in shifted]
+    def _tile(self, tile: int) -> Value:
+        return self.em.add(self._memory, tile * _TILE_BYTES)
 
-        def row(m: Value) -> None:
-            def four_inputs(k: Value, carried: list[Value]) -> list[Value]:
-                four = em.splat(em.load(I32, em.add(self._row(a, m), em.mul(k, 4))), ints)
-                value = carried[0]
-                for x, w in zip(bytes_of(four), bytes_of(em.load(ints, self._row(b, k))), strict=True):
-                    value = em.b.add(value, em.b.mul(x, w))
-                return [value]
+    def _call(self, name: str, emit: Callable[..., None], *arguments: Value) -> None:
+        """A call of the module's function `name`, whose body emit(em, *arguments) writes the first time."""
+        module = self.em.b.module
+        function = module.globals.get(name)
+        if function is None:
+            function = ir.Function(module, ir.FunctionType(VOID, [I64] * len(arguments)), name)
+            function.linkage = "internal"
+            function.attributes.add("noinline")
+            builder = ir.IRBuilder(function.append_basic_block("entry"))
+            emit(Emitter(builder, self.em.target), *function.args)
+            builder.ret_void()
+        self.em.b.call(function, [self.em.i64(value) for value in arguments])
 
-            old = em.load(ints, self._row(total, m))
-            (new,) = em.loop(0, self.shapes[b].rows, 1, [old], four_inputs)
-            em.store(new, self._row(total, m))
 
-        self._each(self.shapes[total].rows, row)
+def _each(em: Emitter, count: int, work: Callable[[Value], None]) -> None:
+    def body(i: Value, _: list[Value]) -> list[Value]:
+        work(i)
+        return []
 
-    def _row(self, tile: int, row: Value) -> Value:
-        return self.em.add(self.em.add(self._memory, tile * _TILE_BYTES), self.em.mul(row, TILE_ROW_BYTES))
+    em.loop(0, count, 1, [], body)
 
-    def _copy(self, tile: int, ends: Any) -> None:
-        """The rows in use, from and to where ends(row) says."""
-        kind = vector(I8, self.shapes[tile].row_bytes)
 
-        def copy(row: Value) -> None:
-            source, target = ends(row)
-            self.em.store(self.em.load(kind, source), target)
+def _zero(em: Emitter, tile: Value) -> None:
+    empty = em.const(vector(I8, TILE_ROW_BYTES), 0)
+    _each(em, TILE_ROWS, lambda row: em.store(empty, em.add(tile, em.mul(row, TILE_ROW_BYTES))))
 
-        self._each(self.shapes[tile].rows, copy)
 
-    def _each(self, count: int, work: Any) -> None:
-        def body(i: Value, _: list[Value]) -> list[Value]:
-            work(i)
-            return []
+def _copy(em: Emitter, shape: TileShape, source: Value, source_step: Value, to: Value, to_step: Value) -> None:
+    def copy(row: Value) -> None:
+        value = em.load(vector(I8, shape.row_bytes), em.add(source, em.mul(row, source_step)))
+        em.store(value, em.add(to, em.mul(row, to_step)))
 
-        self.em.loop(0, count, 1, [], body)
+    _each(em, shape.rows, copy)
+
+
+def _dot(em: Emitter, rows: int, quads: int, total: Value, a: Value, b: Value) -> None:
+    ints = vector(I32, TILE_ROW_BYTES // 4)
+
+    def bytes_of(lanes: Value) -> list[Value]:
+        return [em.b.ashr(em.b.shl(lanes, em.const(ints, 24 - 8 * i)), em.const(ints, 24)) for i in range(4)]
+
+    def row(m: Value) -> None:
+        start = em.mul(m, TILE_ROW_BYTES)
+
+        def four_inputs(k: Value, carried: list[Value]) -> list[Value]:
+            inputs = em.splat(em.load(I32, em.add(em.add(a, start), em.mul(k, 4))), ints)
+            weights = em.load(ints, em.add(b, em.mul(k, TILE_ROW_BYTES)))
+            value = carried[0]
+            for x, w in zip(bytes_of(inputs), bytes_of(weights), strict=True):
+                value = em.b.add(value, em.b.mul(x, w))
+            return [value]
+
+        (new,) = em.loop(0, quads, 1, [em.load(ints, em.add(total, start))], four_inputs)
+        em.store(new, em.add(total, start))
+
+    _each(em, rows, row)
 
 
 def open_tiles(mode: TileMode, em: Emitter, shapes: Shapes) -> Tiles:
