@@ -1,6 +1,7 @@
 """How many threads this process should use."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -12,6 +13,31 @@ def default_threads() -> int:
     cores = {_core_of(cpu) for cpu in _allowed_cpus()}
     quota = _cgroup_cpus(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
     return len(cores) if quota is None else max(1, min(len(cores), int(quota)))
+
+
+def cores_of_threads(threads: int) -> list[int]:
+    """A logical CPU for each of a team's threads, on physical cores of their own, neighbours first, so that a team
+    smaller than the machine keeps to one NUMA node. Empty where there are fewer cores than threads: the system
+    shares them out better than a list can.
+    """
+    first: dict[str, int] = {}
+    for cpu in _allowed_cpus():
+        first.setdefault(_core_of(cpu), cpu)
+    cpus = sorted(first.values(), key=lambda cpu: (_node_of(cpu), cpu))
+    return cpus[:threads] if len(cpus) >= threads else []
+
+
+def pin_thread(cpu: int) -> None:
+    """Keep the calling thread on one logical CPU, where the system allows it."""
+    if hasattr(os, "sched_setaffinity"):
+        with suppress(OSError):  # a CPU that went offline, or a sandbox that forbids it
+            os.sched_setaffinity(0, {cpu})
+
+
+def _node_of(cpu: int, system: Path = Path("/sys/devices/system/cpu")) -> int:
+    """The NUMA node of a logical CPU; 0 where the kernel is silent."""
+    nodes = [path.name for path in (system / f"cpu{cpu}").glob("node[0-9]*")]
+    return int(nodes[0].removeprefix("node")) if nodes else 0
 
 
 def _allowed_cpus() -> list[int]:

@@ -40,6 +40,7 @@ from moe_offload.cpu_kernels.atomics import (
     wake_all,
 )
 from moe_offload.cpu_kernels.kernel_cache import compiled
+from moe_offload.cpu_kernels.processors import cores_of_threads, pin_thread
 
 LINE = 64  # bytes
 SEQUENCE, FINISHED, STOP, SLEEPERS, JOB, ARGS, SPIN = (n * LINE for n in range(7))
@@ -194,7 +195,11 @@ class ThreadTeam(Team):
         self._mailbox[SPIN : SPIN + 8].view(np.int64)[0] = _looks_per_spin()
         work, mailbox = _work.load(), self._mailbox
 
+        cpus = cores_of_threads(self.threads)
+
         def enter(thread: int) -> None:
+            if cpus:
+                pin_thread(cpus[thread])
             work(mailbox.ctypes.data, thread)  # keeps the mailbox alive while it is looked at
 
         for thread in range(1, self.threads):

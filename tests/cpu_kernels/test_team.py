@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 import textwrap
@@ -12,7 +13,7 @@ import pytest
 from moe_offload.cpu_kernels.atomics import fetch_add
 from moe_offload.cpu_kernels.kernel_cache import compile_job
 from moe_offload.cpu_kernels.memory import load_i64, store_i64
-from moe_offload.cpu_kernels.processors import _cgroup_cpus, default_threads
+from moe_offload.cpu_kernels.processors import _cgroup_cpus, cores_of_threads, default_threads
 from moe_offload.cpu_kernels.team import ThreadTeam
 
 ROOT = Path(__file__).parents[2]
@@ -172,3 +173,22 @@ def test_default_threads_obeys_the_quota(tmp_path: Path) -> None:
     (tmp_path / "cpu" / "c" / "cpu.cfs_period_us").write_text("100000\n")
     assert _cgroup_cpus(membership, tmp_path) == 2.0
     assert _cgroup_cpus(tmp_path / "absent", tmp_path) is None
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one CPU leaves nothing to choose")
+def test_workers_keep_to_a_core_each(job: int) -> None:
+    """Two threads that the system puts on one core halve every figure; seen without pinning."""
+    words = np.zeros(3, np.int64)
+    cores = cores_of_threads(2)
+    with ThreadTeam(2) as team:
+        team.launch(job, words.ctypes.data)
+        (worker,) = team._workers
+        assert worker.native_id is not None
+        if cores:
+            assert os.sched_getaffinity(worker.native_id) == {cores[1]}
+    assert len(os.sched_getaffinity(0)) >= 2, "the caller's own thread is not ours to pin"
+
+
+def test_more_threads_than_cores_are_left_to_the_system() -> None:
+    assert cores_of_threads(10_000) == []
+    assert len(set(cores_of_threads(1))) == 1
