@@ -147,7 +147,10 @@ def read_attention(layer: Any, snapshot: Snapshot) -> AttentionModules | None:
     q_norm, k_norm = (None if each is None else read_norm(each, snapshot) for each in norms)
     if (q_norm is None) != (norms[0] is None) or (k_norm is None) != (norms[1] is None):
         return None
-    q_heads, kv_heads = (m.out_features // size for m in (attention.q_proj, attention.k_proj))
+    projections = attention.q_proj, attention.k_proj, attention.v_proj
+    if not all(hasattr(each, "out_features") for each in projections):
+        return None
+    q_heads, kv_heads = (each.out_features // size for each in projections[:2])
     config = attention.config
     heads = HeadsShape(
         q_heads, kv_heads, size, 0,
@@ -157,7 +160,7 @@ def read_attention(layer: Any, snapshot: Snapshot) -> AttentionModules | None:
         clip=float(getattr(config, "clip_qkv", None) or 0.0),
     )  # fmt: skip
     return AttentionModules(
-        norm, (attention.q_proj, attention.k_proj, attention.v_proj), attention.o_proj, heads,
+        norm, projections, attention.o_proj, heads,
         float(attention.scaling), snapshot.take(attention, "sinks"),
     )  # fmt: skip
 
