@@ -133,8 +133,9 @@ def test_quantised_checkpoints_convert_from_their_values(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = fp8_checkpoint(tmp_path / "model") if kind == "fp8" else mxfp4_checkpoint(tmp_path / "model")
-    ours = load(folder, weights="int8", pack_dir=tmp_path / "packs")
-    stored = load(folder, pack_dir=tmp_path / "packs").offload.detach().state_dict()
+    options: dict[str, Any] = dict(weights="int8", activations="f32", pack_dir=tmp_path / "packs")
+    ours = load(folder, **options)
+    stored = load(folder, **options).offload.detach().state_dict()
     packed = pack_cases.detach_with_packed_weights(ours, monkeypatch).state_dict()
     for name, value in stored.items():
         if "experts" in name:
