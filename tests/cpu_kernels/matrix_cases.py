@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from moe_offload.cpu_kernels import ThreadTeam
 from moe_offload.cpu_kernels.layout import ELEMENT_BYTES
 from moe_offload.cpu_kernels.matrices import Matrix, MatrixKernel
+from moe_offload.cpu_kernels.packed_experts import both_planes
 from moe_offload.cpu_kernels.packed_layout import PackedMatrix
 from moe_offload.cpu_kernels.packing import pack_matrix, pack_mxfp4, unpack_matrix
 from moe_offload.cpu_kernels.team import aligned_bytes
@@ -73,7 +74,7 @@ def precision(activations: str, dtype: str, tokens: int) -> float:
     if dtype in ELEMENT_BYTES:
         return STEPS["f32"]
     if activations == "auto":
-        return STEPS["int16" if tokens <= 4 else "int8"]
+        return STEPS["int16" if tokens <= both_planes(dtype, "auto") else "int8"]
     return STEPS[activations]
 
 
