@@ -19,7 +19,7 @@ from moe_offload.cpu_kernels.matrix_job import normalise
 from moe_offload.cpu_kernels.memory import TYPE_CODES, load_f32, load_i64, store_f32
 from moe_offload.cpu_kernels.packed_experts import float_bits
 from moe_offload.cpu_kernels.team import aligned_bytes
-from moe_offload.cpu_kernels.vector_ops import rotate, store_as
+from moe_offload.cpu_kernels.vector_ops import rotate, round_all, store_as
 
 LINE = 64
 COUNTERS = 2
@@ -88,6 +88,7 @@ def _prepare(args: int, x: int, heads: int, norm: int, token: int, turned: bool)
         normalise(x, x, heads * size, norm, 0, epsilon, code)
     if clip > 0:
         _clip(x, heads * size, clip)
+        round_all(x, heads * size, code)  # the limit itself
     cos = load_i64(args + COS) + token * load_i64(args + COS_STEP)
     sin = load_i64(args + SIN) + token * load_i64(args + COS_STEP)
     for head in range(heads):
