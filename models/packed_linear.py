@@ -76,6 +76,8 @@ class PackedLinear(nn.Module):
     cannot be assigned. There is no gradient.
     """
 
+    bias: nn.Parameter | None
+
     def __init__(self, packed: PackedWeights, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
         super().__init__()
         self.in_features, self.out_features = packed.layout.cols, packed.layout.rows
@@ -121,7 +123,7 @@ class PackedLinear(nn.Module):
         return out.to(input.device, input.dtype).reshape(*input.shape[:-1], self.out_features)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "PackedLinear":
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._like = fn(self._like)
         return self
 
@@ -149,9 +151,7 @@ class _UnpackedOnUse(torch.Tensor):
     @staticmethod
     def __new__(cls, packed: PackedWeights, like: torch.Tensor) -> "_UnpackedOnUse":
         size = (packed.layout.rows, packed.layout.cols)
-        self: _UnpackedOnUse = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, size, dtype=like.dtype, device=like.device
-        )
+        self: _UnpackedOnUse = torch.Tensor._make_wrapper_subclass(cls, size, dtype=like.dtype, device=like.device)
         self._packed, self._like = packed, like
         return self
 
@@ -159,7 +159,9 @@ class _UnpackedOnUse(torch.Tensor):
         """All is done in __new__."""
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # torch's own is a C function
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         args, kwargs = _pytree.tree_map_only(cls, lambda self: self._packed.unpack(self._like), (args, kwargs or {}))
         return func(*args, **kwargs)
 

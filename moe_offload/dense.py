@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,13 +61,14 @@ class DenseLinears:
             packed = model.get_submodule(each.path)
             assert isinstance(packed, PackedLinear)
             if each.source.record is None:
-                each.linear.weight = model.get_parameter(each.source.tied_to)
+                weight: Any = model.get_parameter(each.source.tied_to)
+                each.linear.weight = weight
             else:
                 value = torch.empty(packed.out_features, packed.in_features, dtype=packed.dtype)
-                for first, last in _pieces(*value.shape, _COMPARED_AT_ONCE):
+                for first, last in _pieces(packed.out_features, packed.in_features, _COMPARED_AT_ONCE):
                     value[first:last] = each.source.rows(skeleton.checkpoint, first, last, packed.dtype)
                 each.linear.weight = nn.Parameter(value, requires_grad=each.requires_grad)
-            each.linear.bias = packed.bias
+            each.linear.register_parameter("bias", packed.bias)
             each.linear.train(packed.training)
             model.set_submodule(each.path, each.linear)
 

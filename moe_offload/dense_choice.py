@@ -103,7 +103,7 @@ def find_sources(model: PreTrainedModel, skeleton: Skeleton, linears: dict[str, 
     }
     experts = set().union(*(weights.keys for weights in skeleton.weights.values()))
     resolve = KeyResolver(model)
-    records = {}
+    records: dict[str, TensorRecord] = {}
     for key, record in skeleton.checkpoint.records.items():
         if key not in experts:
             resolved = resolve(key)
@@ -112,11 +112,11 @@ def find_sources(model: PreTrainedModel, skeleton: Skeleton, linears: dict[str, 
     sources = {}
     shared: set[int] = set()
     for path, linear in linears.items():
-        record = records.get(f"{path}.weight")
+        stored = records.get(f"{path}.weight")
         if id(linear.weight) in tied:
             sources[path] = Source(None, tied_to=tied[id(linear.weight)])
-        elif record is not None and record.shape == tuple(linear.weight.shape) and id(linear.weight) not in shared:
-            scales = skeleton.checkpoint.records.get(f"{record.name}_scale_inv") if record.dtype == "F8_E4M3" else None
-            sources[path] = Source(record, scales)
+        elif stored is not None and stored.shape == tuple(linear.weight.shape) and id(linear.weight) not in shared:
+            scales = skeleton.checkpoint.records.get(f"{stored.name}_scale_inv") if stored.dtype == "F8_E4M3" else None
+            sources[path] = Source(stored, scales)
             shared.add(id(linear.weight))
     return sources

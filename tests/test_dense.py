@@ -14,7 +14,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 import moe_offload
-from moe_offload import dense
+from moe_offload import dense, dense_choice
 from moe_offload.models.packed_linear import PackedLinear
 from tests import tiny_models
 from tests.conftest import Checkpoints
@@ -85,7 +85,7 @@ def test_logits_are_close_to_the_stored_ones(format_: Any, activations: Any, mos
 def test_auto_follows_the_experts(folder: Path, tmp_path: Path) -> None:
     assert moe_offload.load(folder).offload.dense == "stored"
     for weights in ("int8", "int4"):
-        model = moe_offload.load(folder, weights=weights, pack_dir=tmp_path)  # type: ignore[arg-type]
+        model = moe_offload.load(folder, weights=weights, pack_dir=tmp_path)
         assert model.offload.dense == "int8"
     stored = moe_offload.load(folder, weights="int8", dense="stored", pack_dir=tmp_path)
     assert stored.offload.dense == "stored" and not packed_linears(stored)
@@ -219,7 +219,7 @@ def test_what_cannot_be_brought_back_stays(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A weight that the checkpoint does not hold as it is, and one that somebody hooked."""
-    found = dense.dense_linears
+    found = dense_choice.dense_linears
 
     def tampered(model: PreTrainedModel, spec: Any) -> dict[str, nn.Linear]:
         with torch.no_grad():

@@ -30,7 +30,7 @@ def draw(rng: np.random.Generator, *shape: int) -> NDArray[np.float32]:
     return rng.standard_normal(shape).astype(np.float32)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     st.sampled_from(FORMATS), st.sampled_from(["auto", "int16", "int8", "f32"]), st.integers(1, 300),
     st.lists(st.integers(1, 140), min_size=1, max_size=3), st.sampled_from([1, 2, 3, 4, 5, 8, 11, 16, 33, 64, 67]),
@@ -174,7 +174,7 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         with pytest.raises(ValueError, match="must be a dense f32"):
             run(kernel, [matrix], draw(rng, 3, 63), team)
         with pytest.raises(ValueError, match="must be a dense f32"):
-            run(kernel, [matrix], x.astype(np.float64), team)  # type: ignore[arg-type]
+            run(kernel, [matrix], x.astype(np.float64), team)
         with pytest.raises(ValueError, match="must be a dense f32"):
             run(kernel, [matrix], draw(rng, 3, 128)[:, ::2], team)
         with pytest.raises(ValueError, match="must be f32"):
