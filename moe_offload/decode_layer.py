@@ -24,6 +24,7 @@ from moe_offload.cpu_layer import PackedLayer
 from moe_offload.decode_modules import (
     LAYER_CLASSES,
     WEIGHT_TYPES,
+    Inside,
     Snapshot,
     is_transformers,
     read_attention,
@@ -35,6 +36,7 @@ from moe_offload.decode_step import StepInputs
 from moe_offload.kv_room import fill_to, make_room
 
 MOST_SEQUENCES = 64  # beyond that Python's share is small, and torch's own modules do
+MOST_PLANS = 4  # of a layer, for different numbers of sequences: each has memory for every thread
 _KNOWN_ARGUMENTS = frozenset(
     ("attention_mask", "position_ids", "past_key_values", "use_cache", "position_embeddings", "cache_position")
 )
@@ -69,14 +71,12 @@ class DecodeLayer:
         self._looked = True  # since the last step that was none
 
     @cached_property
-    def _inner(self) -> list[tuple[dict[str, nn.Module | None], str, nn.Module]]:
-        """Every module inside of the layer, and where it hangs."""
-        return [
-            (parent._modules, name, child)
-            for parent in self.layer.modules()
-            for name, child in parent._modules.items()
-            if child is not None
-        ]
+    def _inside(self) -> Inside:
+        return Inside(self.layer)
+
+    @cached_property
+    def _attention(self) -> Any:
+        return self.layer.self_attn
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DecodeLayer":
         """See `DecodeModel`."""
@@ -86,7 +86,7 @@ class DecodeLayer:
         if torch.compiler.is_compiling() or args or not self._is_step(hidden_states, kwargs):
             self._looked = False
             return self._original(hidden_states, *args, **kwargs)
-        cache = kwargs["past_key_values"].layers[self.layer.self_attn.layer_idx]
+        cache = kwargs["past_key_values"].layers[self._attention.layer_idx]
         position = cache.keys.shape[2]
         cos, sin = kwargs["position_embeddings"]
         plan = self._plan(hidden_states, cache, cos)
@@ -124,7 +124,7 @@ class DecodeLayer:
             return False
         if hidden_states.device.type != "cpu" or hidden_states.dtype not in WEIGHT_TYPES:
             return False
-        if self.layer.training or torch.is_autocast_enabled("cpu") or torch.jit.is_tracing():  # type: ignore[no-untyped-call]
+        if torch.is_autocast_enabled("cpu") or torch.jit.is_tracing():  # type: ignore[no-untyped-call]
             return False
         if torch.is_grad_enabled() and (
             hidden_states.requires_grad or any(p.requires_grad for p in self.layer.parameters())
@@ -138,21 +138,16 @@ class DecodeLayer:
             return False
         if not self._plain_cache(kwargs.get("past_key_values"), hidden_states):
             return False
-        attention = self.layer.self_attn
-        if attention.config._attn_implementation not in _ATTENTIONS:
+        if self._attention.config._attn_implementation not in _ATTENTIONS:
             return False
         if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
             return False
-        return all(
-            modules.get(name) is m
-            and not (m._forward_hooks or m._forward_pre_hooks or m.training or "forward" in m.__dict__)
-            for modules, name, m in self._inner
-        )
+        return not self.layer.training and self._inside.untouched()
 
     def _plain_cache(self, cache: Any, hidden_states: torch.Tensor) -> bool:
         if not isinstance(cache, Cache) or type(cache).update is not Cache.update or cache.offloading:
             return False
-        index = self.layer.self_attn.layer_idx
+        index = self._attention.layer_idx
         layer = cache.layers[index] if index < len(cache.layers) else None
         if type(layer) is not DynamicLayer or not layer.is_initialized:
             return False
@@ -167,8 +162,10 @@ class DecodeLayer:
         self._looked = True
         key = len(hidden_states), hidden_states.dtype, cos.shape[-1]
         if key not in plans:
+            if len(plans) >= MOST_PLANS:
+                plans.pop(next(iter(plans)), None)
             plans[key] = self._make_plan(snapshot, hidden_states, cos)
-        return plans[key]
+        return plans.get(key)  # another thread may have dropped it: then this step is not fused
 
     def _make_plan(self, snapshot: Snapshot, hidden_states: torch.Tensor, cos: torch.Tensor) -> LayerPlan | None:
         layer, model_type = self.layer, WEIGHT_TYPES[hidden_states.dtype]

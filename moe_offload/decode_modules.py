@@ -4,6 +4,7 @@ Only classes that are known are taken: transformers names things alike in archit
 """
 
 from dataclasses import dataclass
+from operator import attrgetter, is_, methodcaller
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -95,6 +96,37 @@ def _floats(tensor: torch.Tensor) -> NDArray[np.float32]:
     """A copy in f32."""
     values: NDArray[np.float32] = tensor.detach().to(torch.float32).contiguous().numpy().copy()
     return values
+
+
+_TRAINS = attrgetter("training")
+_HAS_FORWARD = methodcaller("__contains__", "forward")
+
+
+class Inside:
+    """The modules inside of a layer, and whether calling them would still do nothing but what their classes say.
+
+    Asked at every step of every layer: loops over them run in C.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        found = [
+            (parent._modules, name, child)
+            for parent in layer.modules()
+            for name, child in parent._modules.items()
+            if child is not None
+        ]
+        self._parents, self._names, self._modules = zip(*found, strict=True)
+        self._dicts = [each.__dict__ for each in self._modules]
+        self._hooks = [hooks for each in self._modules for hooks in (each._forward_hooks, each._forward_pre_hooks)]
+
+    def untouched(self) -> bool:
+        """Whether all hang where they hung, without hooks and functions of their own, and none is in training."""
+        return (
+            not any(self._hooks)
+            and not any(map(_TRAINS, self._modules))
+            and not any(map(_HAS_FORWARD, self._dicts))
+            and all(map(is_, map(dict.get, self._parents, self._names), self._modules))
+        )
 
 
 @dataclass(frozen=True, slots=True)
