@@ -210,11 +210,11 @@ class MatrixKernel:
         tokens = len(x)
         if x.ndim != 2 or x.shape[1] != self.cols or x.dtype != np.float32 or not x.flags.c_contiguous:
             raise ValueError(f"x {x.shape} {x.dtype} must be a dense f32 [T, {self.cols}]")
+        if not tokens or not matrices:
+            return
         for matrix, out in zip(matrices, outs, strict=True):
             if out.shape != (tokens, matrix.outputs) or out.dtype != np.float32 or out.strides[1] != 4:
                 raise ValueError(f"out {out.shape} {out.dtype} must be f32 [{tokens}, {matrix.outputs}]")
-        if not tokens or not matrices:
-            return
         job = self.job
         with team.lock:
             args = team.scratch(self.block_bytes(len(matrices), tokens, team.threads))
