@@ -19,7 +19,7 @@ class Worker:
     """A process that holds one engine; a context manager that ends it."""
 
     def __init__(self, name: str, python: str = sys.executable) -> None:
-        """name: llama.cpp, moe_offload or transformers. python: the interpreter that has what it needs."""
+        """name: one that worker.py knows. python: the interpreter that has what it needs."""
         self.name = name
         try:
             self._process = subprocess.Popen(
@@ -28,6 +28,11 @@ class Worker:
             )  # fmt: skip
         except OSError as error:
             raise MissingError(f"{python} cannot be started: {error}") from error
+
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
 
     def __enter__(self) -> "Worker":
         return self

@@ -15,6 +15,7 @@ from benchmarks.peers.reference import exact_logits
 from benchmarks.peers.turns import Test, measure, summary
 from benchmarks.reporting import progress
 from moe_offload.cpu_kernels.bandwidth import ReadLimit
+from moe_offload.options import Dense, Weights
 
 OURS, LLAMA, TRANSFORMERS = "moe_offload", "llama.cpp", "transformers"
 _MEMORY_SHARE = 0.9
@@ -22,16 +23,16 @@ _MEMORY_SHARE = 0.9
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """weights, dense: moe_offload's formats of experts and of all else (None: its default). gguf: llama.cpp's type."""
+    """weights, dense: moe_offload's formats of experts and of all other linears. gguf: llama.cpp's type."""
 
     name: str
-    weights: str
-    dense: str | None
+    weights: Weights
+    dense: Dense
     gguf: str
 
 
 ROWS = (
-    Row("bf16", "auto", None, "BF16"),
+    Row("bf16", "auto", "auto", "BF16"),
     Row("int8", "int8", "int8", "Q8_0"),
     Row("int4", "int4", "int4", "Q4_0"),
 )

@@ -1,6 +1,5 @@
-"""moe_offload and transformers: the same model object interface, the same `generate`, a clock in the streamer."""
+"""moe_offload, transformers, and transformers with accelerate: the same model object, the same `generate`."""
 
-import inspect
 import time
 from pathlib import Path
 from statistics import median
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from transformers.generation.streamers import BaseStreamer
 
 import moe_offload
+from moe_offload.options import Dense, Weights
 
 IMPLEMENTATIONS = ("eager", "grouped_mm")  # batched_mm is four times as slow on a CPU
 
@@ -65,19 +65,16 @@ class TorchEngine:
 
 
 class OffloadEngine(TorchEngine):
-    """moe_offload. weights, dense: options of `moe_offload.load`."""
+    """moe_offload. weights, dense: options of `moe_offload.load`; packs are kept beside the checkpoint."""
 
-    def __init__(self, folder: str, weights: str, dense: str | None, threads: int) -> None:
+    def __init__(self, folder: str, weights: Weights, dense: Dense, threads: int) -> None:
         _prepare(threads)
-        options: dict[str, Any] = {"weights": weights, "threads": threads, "pack_dir": Path(folder).parent / "packs"}
-        if dense is not None and "dense" in inspect.signature(moe_offload.load).parameters:
-            options["dense"] = dense
-        super().__init__(moe_offload.load(folder, **options))
+        packs = Path(folder).parent / "packs"
+        super().__init__(moe_offload.load(folder, weights=weights, dense=dense, threads=threads, pack_dir=packs))
 
     def describe(self) -> dict[str, Any]:
         options = self._model.offload.options
-        names = ("weights", "dense", "activations", "threads")
-        settings = {name: getattr(options, name) for name in names if hasattr(options, name)}
+        settings = {name: getattr(options, name) for name in ("weights", "dense", "activations", "threads")}
         return {**super().describe(), "moe_offload": moe_offload.__version__, **settings}
 
 
@@ -96,6 +93,19 @@ class TransformersEngine(TorchEngine):
 
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "experts_implementation": self.implementation}
+
+
+class AccelerateEngine(TorchEngine):
+    """transformers with accelerate: `cpu_bytes` of weights in memory, the others in `offload_folder`."""
+
+    def __init__(self, folder: str, offload_folder: str, cpu_bytes: int, threads: int) -> None:
+        _prepare(threads)
+        super().__init__(
+            transformers.AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.bfloat16, device_map="auto", max_memory={"cpu": cpu_bytes},
+                offload_folder=offload_folder,
+            )
+        )  # fmt: skip
 
 
 def _prepare(threads: int) -> None:

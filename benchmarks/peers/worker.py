@@ -1,6 +1,6 @@
 """An engine in a process of its own: requests and replies are lines of JSON on its standard input and output.
 
-    python -m benchmarks.peers.worker llama.cpp|moe_offload|transformers
+    python -m benchmarks.peers.worker llama.cpp|moe_offload|transformers|accelerate
 
 A request names a method and its arguments: `make_file` and `open` come first, then the methods of `Engine`. Logits
 are saved to the file named in the request. What libraries print goes to standard error.
@@ -24,9 +24,14 @@ def openers(name: str) -> dict[str, Callable[..., Any]]:
         from benchmarks.peers.llama_engine import LlamaEngine, make_file
 
         return {"make_file": make_file, "open": LlamaEngine}
-    from benchmarks.peers.torch_engine import OffloadEngine, TransformersEngine
+    from benchmarks.peers import torch_engine
 
-    return {"open": {"moe_offload": OffloadEngine, "transformers": TransformersEngine}[name]}
+    engines = {
+        "moe_offload": torch_engine.OffloadEngine,
+        "transformers": torch_engine.TransformersEngine,
+        "accelerate": torch_engine.AccelerateEngine,
+    }
+    return {"open": engines[name]}
 
 
 def main(name: str) -> None:
