@@ -124,7 +124,7 @@ class DecodeLayer:
             return False
         if hidden_states.device.type != "cpu" or hidden_states.dtype not in WEIGHT_TYPES:
             return False
-        if torch.is_autocast_enabled("cpu") or torch.jit.is_tracing():  # type: ignore[no-untyped-call]
+        if torch.is_autocast_enabled("cpu") or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
             return False
         if torch.is_grad_enabled() and (
             hidden_states.requires_grad or any(p.requires_grad for p in self.layer.parameters())
@@ -148,11 +148,11 @@ class DecodeLayer:
         if not isinstance(cache, Cache) or type(cache).update is not Cache.update or cache.offloading:
             return False
         index = self._attention.layer_idx
-        layer = cache.layers[index] if index < len(cache.layers) else None
+        layer: Any = cache.layers[index] if index < len(cache.layers) else None
         if type(layer) is not DynamicLayer or not layer.is_initialized:
             return False
         # a cache in another type becomes what both types promote to
-        return layer.get_seq_length() > 0 and layer.keys.dtype == layer.values.dtype == hidden_states.dtype
+        return bool(layer.get_seq_length() and layer.keys.dtype == layer.values.dtype == hidden_states.dtype)
 
     def _plan(self, hidden_states: torch.Tensor, cache: Any, cos: torch.Tensor) -> LayerPlan | None:
         snapshot, plans = self._snapshot, self._plans

@@ -59,7 +59,7 @@ def counted_runs() -> Iterator[list[LayerPlan]]:
         found.append(self)
         original(self, *args)
 
-    LayerPlan.run = run  # type: ignore[method-assign]
+    LayerPlan.run = run  # type: ignore[assignment,method-assign]
     try:
         yield found
     finally:
@@ -67,7 +67,7 @@ def counted_runs() -> Iterator[list[LayerPlan]]:
 
 
 def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = TOLERANCE) -> bool:
-    """Whether a is b within a share of b's largest value."""
+    """Whether `a` is `b` within a share of b's largest value."""
     return bool((a.float() - b.float()).abs().max() <= tolerance * b.float().abs().max())
 
 

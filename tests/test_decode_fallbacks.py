@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, Qu
 import moe_offload
 from moe_offload.decode_layer import DecodeLayer
 from tests import tiny_models
-from tests.decode_cases import Pair, check_caches, check_generation, close, counted_runs, load_pair, save
-from tests.test_decode import LAYERS, check_step, generate, padded, prefilled, step
+from tests.decode_cases import Pair, check_caches, check_generation, close, counted_runs, generate, load_pair, save
+from tests.test_decode import LAYERS, check_step, padded, prefilled, step
 
 IDS = tiny_models.token_ids(2, 9)
 
@@ -98,7 +98,7 @@ def test_replaced_modules(path: str, before: bool, pair: Pair) -> None:
     made = [prefilled(model, IDS) for model in pair]
     with counted_runs() as runs:
         logits = [step(model, cache) for model, cache in zip(pair, made, strict=True)]
-    assert close(*logits)
+    assert close(logits[0], logits[1])
     # a doubled block after the attention may still be called from a step that is fused up to there
     assert len(runs) <= LAYERS and all(not plan.whole for plan in runs[2:-1])
     check_caches(*made)
@@ -158,11 +158,11 @@ def test_quantized_cache(pair: Pair) -> None:
         logits = [
             model(torch.full((2, 1), 5), past_key_values=cache).logits for model, cache in zip(pair, made, strict=True)
         ]
-    assert close(*logits, tolerance=1e-3) and not runs
+    assert close(logits[0], logits[1], tolerance=1e-3) and not runs
 
 
 def test_a_cache_that_updates_in_its_own_way(pair: Pair) -> None:
-    class Counting(DynamicCache):
+    class Counting(DynamicCache):  # type: ignore[misc]
         updates = 0
 
         def update(self, *args: Any, **kwargs: Any) -> Any:
@@ -194,7 +194,7 @@ def test_a_cache_of_another_shape_is_an_error(pair: Pair) -> None:
 @pytest.mark.parametrize(("family", "fused"), [("gpt_oss", 1), ("mixtral", 0), ("qwen2_moe", 1)])
 def test_sliding_windows(family: str, fused: int, tmp_path: Path, packs: Path) -> None:
     """Beyond the window; layers that see everything are fused."""
-    window = dict(sliding_window=8)
+    window: dict[str, Any] = dict(sliding_window=8)
     extra: dict[str, dict[str, Any]] = {
         "gpt_oss": dict(layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
         "mixtral": {},
@@ -215,7 +215,7 @@ def test_sliding_windows(family: str, fused: int, tmp_path: Path, packs: Path) -
                 logits = step(model, cache, attention_mask=wide)
         assert len(runs) == (8 * LAYERS if model is pair.fused else 0)
         results.append(logits)
-    assert close(*results)
+    assert close(results[0], results[1])
 
 
 # Gradients, training, other modes
@@ -277,7 +277,7 @@ def test_loaded_in_inference_mode(folder: Path, packs: Path) -> None:
 def test_compiled_layer(pair: Pair) -> None:
     """Under torch.compile transformers' modules are traced, once; our launch would be a black box to it."""
     cache = prefilled(pair.fused, IDS)
-    layer = torch.compile(pair.fused.model.layers[0], backend="eager")
+    layer: Any = torch.compile(pair.fused.model.layers[0], backend="eager")
     hidden = torch.randn(2, 1, 64)
     embedding = pair.fused.model.rotary_emb(hidden, torch.full((1, 1), 9))
     with torch.no_grad(), counted_runs() as runs:
@@ -346,7 +346,7 @@ def test_a_norm_written_through_data_is_noticed_with_the_next_prompt(folder: Pat
     made = [prefilled(model, IDS) for model in pair]
     with counted_runs() as runs:
         logits = [step(model, cache) for model, cache in zip(pair, made, strict=True)]
-    assert close(*logits, tolerance=0.1) and len(runs) == LAYERS
+    assert close(logits[0], logits[1], tolerance=0.1) and len(runs) == LAYERS
 
 
 # Other precisions
@@ -379,7 +379,8 @@ def test_low_precision_is_no_further_from_the_truth(
         for model in pair:
             step(model, prefilled(model, ids))  # plans in f32 are there
             model.to(dtype)
-    found, expected = [], []
+    found: list[torch.Tensor] = []
+    expected: list[torch.Tensor] = []
     for model, results in ((pair.fused, found), (pair.plain, found), (truth, expected)):
         cache = prefilled(truth if model is truth else pair.plain, ids)
         with counted_runs() as runs:

@@ -16,12 +16,12 @@ def rounded(values: NDArray[Any], dtype: str) -> Floats:
         return decode(encode(np.asarray(values, np.float32), dtype)).astype(np.float32)
 
 
-def rms_norm(x: Floats, weight: Floats, epsilon: float, dtype: str) -> Floats:
+def rms_norm(x: Floats, weight: NDArray[Any], epsilon: float, dtype: str) -> Floats:
     factor = 1 / np.sqrt((x.astype(np.float64) ** 2).mean(-1, keepdims=True) + epsilon)
     return rounded(rounded(x * factor, dtype) * weight, dtype)
 
 
-def layer_norm(x: Floats, weight: Floats, bias: Floats, epsilon: float, dtype: str) -> Floats:
+def layer_norm(x: Floats, weight: NDArray[Any], bias: NDArray[Any], epsilon: float, dtype: str) -> Floats:
     centred = x.astype(np.float64) - x.mean(-1, keepdims=True, dtype=np.float64)
     factor = 1 / np.sqrt((centred**2).mean(-1, keepdims=True) + epsilon)
     return rounded(centred * factor * weight + bias, dtype)

@@ -13,6 +13,7 @@ from moe_offload.cpu_kernels import OpenMPTeam, Team, ThreadTeam, group_tokens
 from moe_offload.cpu_kernels import packed_block as experts_word
 from moe_offload.cpu_kernels.heads import COUNTERS as HEADS_COUNTERS
 from moe_offload.cpu_kernels.heads import HeadsShape, HeadsStage, heads_job
+from moe_offload.cpu_kernels.layout import WeightType
 from moe_offload.cpu_kernels.matrices import Matrix, MatrixKernel
 from moe_offload.cpu_kernels.matrix_block import COUNTERS as MATRIX_COUNTERS
 from moe_offload.cpu_kernels.openmp_team import find_openmp_runtime
@@ -50,7 +51,7 @@ class Heads(NamedTuple):
 
     shape: HeadsShape
     tokens: int
-    dtype: str
+    dtype: WeightType
     norms: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None
 
     def data(self) -> list[NDArray[np.float32]]:
@@ -76,7 +77,7 @@ class Heads(NamedTuple):
             address(keys),
             address(values),
             self.dtype,
-            self.dtype,  # type: ignore[arg-type]
+            self.dtype,
         )
         caches = [
             encode(np.zeros((self.tokens, s.kv_heads, length, s.head_size), np.float32), self.dtype) for _ in "kv"
@@ -136,12 +137,13 @@ def test_heads(shape: HeadsShape, norm: bool, dtype: str, team: Team) -> None:
 def test_one_angle_for_all_tokens() -> None:
     heads = Heads(HeadsShape(2, 1, 8, 4), 3, "f32")
     queries, keys, values = heads.data()
-    expected = rotate(queries, *(part[1] for part in heads.angles()), "f32")
     cos, sin = (part[1].copy() for part in heads.angles())
+    expected = rotate(queries, cos, sin, "f32")
     stage = HeadsStage(heads.shape, 3, address(queries), address(keys), address(values), "f32", "f32")
     caches = [np.zeros((3, 1, 1, 8), np.float32) for _ in "kv"]
     stage.point(address(cos), address(sin), 0)
-    stage.place(address(caches[0]), address(caches[1]), caches[0].strides[:3], 0)
+    batch, head, place, _ = caches[0].strides
+    stage.place(address(caches[0]), address(caches[1]), (batch, head, place), 0)
     with ThreadTeam(2) as team:
         Chain([Stage(heads_job().address, stage.block, HEADS_COUNTERS)]).run(team)
     assert np.allclose(queries, expected, rtol=0, atol=1e-5)
@@ -267,12 +269,13 @@ def test_weights_are_rounded(rounding: str, team: Team) -> None:
     assert np.array_equal(found, rounded(exact, rounding))
 
 
-def layers(x: NDArray[np.float32], weights: list[NDArray[np.float32]], threads: int) -> tuple[list[Stage], Any]:
+def layers(x: NDArray[np.float32], weights: list[NDArray[Any]], threads: int) -> tuple[list[Stage], Any]:
     """Each layer's outputs are the next one's inputs: a stage that began early would read what is not there.
 
     Returns the stages, and (values, memory, ...), to be kept.
     """
-    stages, values, keep = [], [x], []
+    keep: list[Any] = []
+    stages, values = [], [x]
     kernel = MatrixKernel(x.shape[1], "f32")
     for weight in weights:
         out = np.full((len(x), len(weight)), np.nan, np.float32)
