@@ -91,16 +91,17 @@ def main(
     folder, budget = make_checkpoint(work_dir, shape, layers, progress), int(budget_gb * 1e9)
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     all_contenders = contenders(folder, work_dir, budget, threads)
-    test = Test("decode", 8, 1, new_tokens)
     rates: dict[str, list[float]] = {one.name: [] for one in all_contenders}
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, all_contenders[-1].files, ignore_errors=True)
         workers, groups, unlimited = open_all(stack, all_contenders, budget)
-        for number in range(rounds):
+        for number in range(rounds + 1):
             for name, worker in workers.items():
-                progress(f"round {number + 1} of {rounds}: {name}")
-                steps = worker.call("decode", prompts=test.prompts(number), new_tokens=new_tokens)
-                rates[name].append(len(steps) / sum(steps))  # a mean: a step that waits for the disk counts
+                progress(f"round {number} of {rounds}: {name}")
+                test = Test("decode", 8, 1, new_tokens if number else 3)
+                steps = worker.call("decode", prompts=test.prompts(number), new_tokens=test.new)
+                if number:  # round 0 brings in what a process needs only once
+                    rates[name].append(len(steps) / sum(steps))  # a mean: a step that waits for the disk counts
         peaks = {name: group.peak() for name, group in groups.items()}
     theirs = rates[all_contenders[-1].name]
     ratios = {
