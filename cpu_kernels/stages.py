@@ -11,7 +11,8 @@ counters the block begins with.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,18 +53,18 @@ def _reset(args: int) -> None:
 COMPILED = (_reset,)
 
 
-def load_chain() -> int:
-    """Compile the chain's job, or load it from the cache; its address."""
+@cache
+def chain_job() -> Any:
+    """The compiled job of every chain. Kept for good: machine code goes with the object that holds it."""
     _reset.load()
-    address: int = compile_job(_run_chain, "void(int64,int64)", "chain").address
-    return address
+    return compile_job(_run_chain, "void(int64,int64)", "chain")
 
 
 class Chain:
     """Stages that run one after the other. The caller keeps their blocks alive."""
 
     def __init__(self, stages: Sequence[Stage]) -> None:
-        self._job = load_chain()
+        self._job = int(chain_job().address)
         words = [len(stages), *(word for stage in stages for word in stage)]
         self._memory: NDArray[np.uint8] = aligned_bytes(8 * len(words))
         self._memory.view(np.int64)[:] = words
