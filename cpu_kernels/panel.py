@@ -58,6 +58,8 @@ class _Tile:
             # the sums begin with the correction, which so costs nothing
             multiply = self._planes if self.arithmetic == "planes" else self._pairs
             sums = multiply(codes, position, parts, outputs, fixes)
+        if parts[0] == 0 and group == 0:  # a record's scales are one line, which no row asks for
+            self._prefetch(record, layout.scales_at)
         for output in outputs:
             scale = load_scales(em, layout, record, group, output)
             for t in range(len(self.rows)):
@@ -195,8 +197,11 @@ class _Tile:
         # beside the row it belongs to: a burst of prefetches at the head of a record loses 10 %
         for line in range(0, self.layout.row_bytes, LINE):
             if parts[0] == 0:
-                self.em.prefetch(record, offset + line + _AHEAD, locality=3 if len(self.rows) == 1 else 2)
+                self._prefetch(record, offset + line)
         return [code for part in parts for code in load_codes(self.em, self.layout, record, offset, part)]
+
+    def _prefetch(self, address: Value, offset: int) -> None:
+        self.em.prefetch(address, offset + _AHEAD, locality=3 if len(self.rows) == 1 else 2)
 
     def _byte_dot(self, total: Value, codes: Value, inputs: Value) -> Value:
         b, ints = self.em.b, self.ints
@@ -230,6 +235,8 @@ def make_panel(layout: PackedMatrix, arithmetic: Arithmetic, tokens: int, planes
     """
     lanes = target.int_lanes
     few_registers = target.registers < 32 and tokens * planes > 1
+    # one token's totals stay in registers beside the sums of a part, and its record in L1
+    together = not few_registers or tokens == 1
 
     def emit(
         em: Emitter, weights: Value, records: Value, rows: Value, padded: Value, to: Value, to_step: Value
@@ -239,13 +246,14 @@ def make_panel(layout: PackedMatrix, arithmetic: Arithmetic, tokens: int, planes
         keys = [(t, output) for t in range(tokens) for output in range(0, WIDTH, lanes)]
         parts = range(parts_of(layout, target))
 
-        def sweep(chosen: Sequence[int], keys: list[tuple[int, int]]) -> None:
+        def sweep(turns: Sequence[Sequence[int]], keys: list[tuple[int, int]]) -> None:
             def body(i: Value, carried: list[Value]) -> list[Value]:
                 totals: dict[Any, Value] = dict(zip(keys, carried, strict=True))
                 record = em.add(weights, em.mul(i, layout.record_bytes))
                 for group in range(layout.groups_per_record):
                     index = em.add(em.mul(i, layout.groups_per_record), group)
-                    tile.group(record, group, index, chosen, totals)
+                    for chosen in turns:
+                        tile.group(record, group, index, chosen, totals)
                 return [totals[key] for key in keys]
 
             zeros = [em.const(vector(F32, lanes), 0.0)] * len(keys)
@@ -253,13 +261,13 @@ def make_panel(layout: PackedMatrix, arithmetic: Arithmetic, tokens: int, planes
             for (t, output), value in zip(keys, sums, strict=True):
                 em.store(value, em.add(em.add(to, em.mul(to_step, t)), 4 * output))
 
-        if few_registers:
+        if together:
+            sweep([[part] for part in parts] if few_registers else [parts], keys)
+        else:
             # sums of a part of the outputs alone; the block, read once more for each, stays in the core's cache
             for part in parts:
                 chosen = outputs_of(layout, part, target)
-                sweep([part], [(t, output) for t in range(tokens) for output in chosen])
-        else:
-            sweep(parts, keys)
+                sweep([[part]], [(t, output) for t in range(tokens) for output in chosen])
 
     name = f"panel_{layout.dtype}_{layout.group}_{arithmetic}_{tokens}x{planes}"
     return micro_kernel(name, "iiiiii:v", emit)
