@@ -22,6 +22,8 @@ from moe_offload.cpu_kernels.layout import (
     WeightType,
 )
 from moe_offload.cpu_kernels.memory import TYPE_CODES, load_i64, store_i64
+from moe_offload.cpu_kernels.packed_experts import COMPILED as PACKED
+from moe_offload.cpu_kernels.packed_experts import PackedExpertKernel
 from moe_offload.cpu_kernels.row_job import make_row_job
 from moe_offload.cpu_kernels.target import current_target
 from moe_offload.cpu_kernels.team import COMPILED as TEAM
@@ -220,20 +222,25 @@ def _float_bits(value: float) -> int:
     return int.from_bytes(struct.pack("<f", value), "little")
 
 
-def warm_up(kernels: Iterable[ExpertKernel], progress: Callable[[str, int, int], None] | None = None) -> None:
+def warm_up(
+    kernels: Iterable[ExpertKernel | PackedExpertKernel], progress: Callable[[str, int, int], None] | None = None
+) -> None:
     """Compile, or load from the cache, all that these kernels need: progress(name, done, total).
 
-    After this no call compiles. From the cache a kernel takes some 20 ms, else 2 to 4 s.
+    After this no call compiles. From the cache a kernel takes some 20 ms, else 2 to 5 s.
     """
     wanted: dict[str, list[Callable[[], object]]] = {
         "thread team": [part.load for part in TEAM],
         "routing": [part.load for part in GROUPING],
-        "arguments": [_fill.load],
     }
     for kernel in kernels:
-        layout = kernel.layout
-        shape = "transposed" if layout.transposed else "row-major"
-        name = f"{layout.dtype} {shape} {kernel.activation.kind}"
+        if isinstance(kernel, PackedExpertKernel):
+            wanted["packed arguments"] = [part.load for part in PACKED]
+            name = f"{kernel.record.dtype} groups of {kernel.record.group} {kernel.activation.kind}"
+        else:
+            wanted["arguments"] = [_fill.load]
+            shape = "transposed" if kernel.layout.transposed else "row-major"
+            name = f"{kernel.layout.dtype} {shape} {kernel.activation.kind}"
         wanted.setdefault(name, []).append(kernel.load)
     for done, (name, loads) in enumerate(wanted.items()):
         if progress is not None:
