@@ -1,4 +1,4 @@
-"""The commands generate, chat, convert and info: their options, checked, and handed on.
+"""The commands generate, chat, convert, info and bench-cpu: their options, checked, and handed on.
 
 torch and transformers are imported by a command when it runs, not with this module.
 """
@@ -176,6 +176,25 @@ def info(
         terminal.write(json.dumps(report.to_dict(), ensure_ascii=False, indent=2) + "\n")
     else:
         print_report(report)
+
+
+@app.command(
+    name="bench-cpu",
+    help="Measure what this CPU's kernels reach of what its memory gives.\n\n"
+    "One layer of experts in each format; about 20 seconds, more where kernels compile first. "
+    "Ctrl-C ends it early and shows what there is.",
+)
+def bench_cpu(
+    shape: Annotated[
+        str, typer.Option(metavar="H,I", help="Hidden and intermediate size of an expert; by default Qwen3's.")
+    ] = "2048,768",
+    threads: cli_options.Threads = None,
+    as_json: cli_options.Json = False,
+    verbose: cli_options.Verbose = False,
+) -> int:
+    from moe_offload import bench_cpu_command
+
+    return bench_cpu_command.bench_cpu(shape, threads, as_json)
 
 
 def _prompt(prompt: str | None, prompt_file: Path | None) -> str:

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_offload.cpu_kernels import Activation, OpenMPTeam, Team, ThreadTeam, find_openmp_runtime, group_tokens
-from moe_offload.cpu_kernels.packed_experts import Activations, PackedExpertKernel
+from moe_offload.cpu_kernels.packed_experts import Activations, PackedExpertKernel, both_planes
 from moe_offload.cpu_kernels.packed_layout import ExpertRecord, StoredType
 from tests.cpu_kernels.expert_cases import route
 from tests.cpu_kernels.packed_cases import Guarded, PackedExperts, counted, make_packed, run
@@ -154,7 +154,7 @@ def test_same_bits_for_any_threads(case: Case) -> None:
 
 @every_case
 def test_a_token_alone_has_the_bits_it_has_among_others(case: Case, team: Team) -> None:
-    """Save in auto, where the number of an expert's rows decides on the precision: up to 4 as int16, above as int8."""
+    """Save in auto, where the number of an expert's rows decides between int16 and int8."""
     experts = case.experts()
     index, weight = route(23, 3, 6)
     x = draw(23, experts.record.hidden_size)
@@ -171,7 +171,8 @@ def test_a_token_alone_has_the_bits_it_has_among_others(case: Case, team: Team) 
 @pytest.mark.parametrize("case", [INT4, INT8, MXFP4], ids=str)
 def test_auto_is_int16_for_few_rows_and_int8_for_many(case: Case, team: Team) -> None:
     experts = case.experts()
-    few, many = counted([4, 3, 0, 4, 1, 2]), counted([5, 0, 7, 12, 0, 8])
+    most = both_planes(case.dtype, "auto")
+    few, many = counted([most, 1, 0, most, 1, 0]), counted([most + 1, 0, most + 3, 12, 0, 8])
     for (index, weight), mode in ((few, "int16"), (many, "int8")):
         x = draw(len(index), experts.record.hidden_size)
         results = [
