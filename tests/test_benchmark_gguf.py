@@ -50,7 +50,7 @@ def test_rounded_values_are_codes_times_a_half_precision_scale(kind: str, codes:
     found = rounded(weights, kind)
     error = (found - weights).abs().reshape(-1, 32).amax(1)
     step = weights.abs().reshape(-1, 32).amax(1) * 2 / (codes - 1)
-    # Half a step and the scale's own rounding; Q4_0 has no code for its extreme's opposite and is a whole step off there.
+    # Half a step and the scale's own rounding; Q4_0 has no code for its extreme's opposite: a whole step.
     assert bool((error <= step * (0.57 if kind == "Q8_0" else 1.1)).all())
     assert all(len(block.unique()) <= codes for block in found.reshape(-1, 32))
 

@@ -7,6 +7,7 @@ transformers stays bf16. Each row first shows that both compute the checkpoint's
 prompts of 128 and 512 tokens, 64 tokens after a prompt, and batches of 1 to 32 sequences.
 """
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +20,7 @@ from rich.table import Table
 from benchmarks.peers.comparison import LLAMA, OURS, ROWS, TRANSFORMERS, Bench, DisagreementError
 from benchmarks.peers.turns import FULL, SMOKE, Test
 from benchmarks.random_checkpoint import SHAPES, make_checkpoint
-from benchmarks.reporting import WORK, progress, spread, write_result
+from benchmarks.reporting import RESULTS, WORK, machine, progress, write_result
 from moe_offload.cpu_kernels import ThreadTeam, default_threads
 from moe_offload.cpu_kernels.bandwidth import ReadLimit
 
@@ -63,15 +64,20 @@ def main(
         for engine, text in one["missing"].items():
             console.print(f"without {engine}: {text}")
     if not smoke:
-        write_result(
-            "peers" if shape == "qwen3" else f"peers_{shape}",
-            {
-                "question": "prompt and decode speed against llama.cpp and transformers, same weights, one run",
-                "shape": shape, "layers": layers, "rounds": rounds, "threads": threads,
-                "bf16_noise": bench.noise, "read_limit_gb_per_s": spread(list(limits.values())),
-                "rows": {name: {"read_limit_gb_per_s": limits[name], **one} for name, one in found.items()},
-            },
-        )  # fmt: skip
+        common = {"layers": layers, "rounds": rounds, "threads": threads, "bf16_noise": bench.noise}
+        save(shape, {name: {**common, "read_limit_gb_per_s": limits[name], **one} for name, one in found.items()})
+
+
+def save(shape: str, rows: dict[str, Any]) -> None:
+    """Write these rows; others that this machine and these versions wrote before stay beside them."""
+    name = "peers" if shape == "qwen3" else f"peers_{shape}"
+    try:
+        before = json.loads((RESULTS / f"{name}.json").read_text())
+    except FileNotFoundError:
+        before = {"machine": None}
+    kept = before["rows"] if before["machine"] == machine() else {}
+    question = "prompt and decode speed against llama.cpp and transformers, same weights; each row is one run"
+    write_result(name, {"question": question, "shape": shape, "rows": {**kept, **rows}})
 
 
 def table(title: str, tests: dict[str, Any]) -> Table:

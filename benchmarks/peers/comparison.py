@@ -146,4 +146,4 @@ def _stored_bytes(folder: Path) -> int:
 
 
 def _fits(needed: int) -> bool:
-    return needed < _MEMORY_SHARE * psutil.virtual_memory().total
+    return needed < _MEMORY_SHARE * int(psutil.virtual_memory().total)

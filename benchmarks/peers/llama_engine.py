@@ -14,6 +14,8 @@ from benchmarks.peers.protocol import MissingError
 
 _FILE_TYPES = {"Q8_0": "LLAMA_FTYPE_MOSTLY_Q8_0", "Q4_0": "LLAMA_FTYPE_MOSTLY_Q4_0"}
 _BATCH = 512
+# A log callback that drops what it is told; llama.cpp keeps its address, so it lives as long as the module.
+_SILENT = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda level, text, data: None)
 
 
 def import_llama() -> Any:
@@ -25,11 +27,6 @@ def import_llama() -> Any:
     llama.llama_log_set(_SILENT, None)
     llama.llama_backend_init()
     return llama
-
-
-@ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
-def _SILENT(level: int, text: bytes, data: object) -> None:
-    pass
 
 
 def make_file(folder: str, kind: str, threads: int) -> str:

@@ -32,7 +32,7 @@ class Test:
         prompts = self.prompts(seed)
         if self.new == 0:
             return self.prompt / float(worker.call("prefill", prompt=prompts[0]))
-        return self.sequences / median(worker.call("decode", prompts=prompts, new_tokens=self.new))
+        return self.sequences / float(median(worker.call("decode", prompts=prompts, new_tokens=self.new)))
 
 
 FULL = (
