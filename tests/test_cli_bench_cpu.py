@@ -6,9 +6,10 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from moe_offload import bench_cpu, bench_cpu_command
+from moe_offload import bench_cpu_command
 from moe_offload.bench_cpu import ColdExperts, CpuBench, ExpertFormat, random_expert, tier_name
 from moe_offload.cli import main
+from moe_offload.cpu_kernels.bandwidth import ReadLimit
 from moe_offload.cpu_kernels.packing import unpack_matrix
 from moe_offload.cpu_kernels.target import current_target
 
@@ -46,16 +47,16 @@ def test_interrupted_it_shows_what_there_is(
     rounds: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sampled = 0
-    sample = bench_cpu.ReadLimit.sample
+    sample = ReadLimit.sample
 
-    def interrupt(limit: bench_cpu.ReadLimit) -> None:
+    def interrupt(limit: ReadLimit) -> None:
         nonlocal sampled
         if sampled == rounds:
             raise KeyboardInterrupt
         sampled += 1
         sample(limit)
 
-    monkeypatch.setattr(bench_cpu.ReadLimit, "sample", interrupt)
+    monkeypatch.setattr(ReadLimit, "sample", interrupt)
     assert main([*SMALL, "--json"]) == 130
     said = capsys.readouterr()
     assert "stopped early" in said.err

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -173,13 +173,12 @@ def test_auto_is_int16_for_few_rows_and_int8_for_many(case: Case, team: Team) ->
     experts = case.experts()
     most = both_planes(case.dtype, "auto")
     few, many = counted([most, 1, 0, most, 1, 0]), counted([most + 1, 0, most + 3, 12, 0, 8])
-    for (index, weight), mode in ((few, "int16"), (many, "int8")):
+    expected: list[tuple[Any, Activations]] = [(few, "int16"), (many, "int8")]
+    for (index, weight), mode in expected:
         x = draw(len(index), experts.record.hidden_size)
-        results = [
-            run(case.kernel(experts.record, each), experts, group_tokens(index, weight, 6), x, team)
-            for each in ("auto", mode)  # type: ignore[arg-type]
-        ]
-        np.testing.assert_array_equal(*results)
+        groups = group_tokens(index, weight, 6)
+        auto, plain = case.kernel(experts.record, "auto"), case.kernel(experts.record, mode)
+        np.testing.assert_array_equal(run(auto, experts, groups, x, team), run(plain, experts, groups, x, team))
 
 
 @every_case
