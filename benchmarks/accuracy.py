@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -30,21 +31,23 @@ GROUP = 32
 HELD_OUT = Path(__file__).parents[1] / "tests" / "data" / "held_out_sched.txt"
 
 
-def searched(weights: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def searched(weights: NDArray[np.float32]) -> NDArray[np.float32]:
     """int4 as the engine packs it."""
-    layout = PackedMatrix(*weights.shape, "int4", GROUP)
+    rows, cols = weights.shape
+    layout = PackedMatrix(rows, cols, "int4", GROUP)
     packed = np.zeros(layout.nbytes, np.uint8)
     pack_matrix(weights, layout, packed)
     return unpack_matrix(packed, layout)
 
 
-def absmax(weights: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def absmax(weights: NDArray[np.float32]) -> NDArray[np.float32]:
     """int4 with each group's largest magnitude taken for 7."""
     rows, cols = weights.shape
     padded = np.pad(weights, ((0, 0), (0, -cols % GROUP))).reshape(rows, -1, GROUP)
     scale = (np.abs(padded).max(axis=2, keepdims=True) / 7).astype(np.float16).astype(np.float32)
     rounded = np.rint(np.divide(padded, scale, out=np.zeros_like(padded), where=scale > 0)).clip(-8, 7) * scale
-    return rounded.reshape(rows, -1)[:, :cols].astype(np.float32)
+    kept: NDArray[np.float32] = rounded.reshape(rows, -1)[:, :cols].astype(np.float32)
+    return kept
 
 
 @torch.no_grad()

@@ -51,7 +51,7 @@ def _entry_of(args: int, block: int) -> int:
     entry = load_i64(args + word.ENTRIES)
     while block >= load_i64(entry + word.FIRST) + (load_i64(entry + word.OUTPUTS) + WIDTH - 1) // WIDTH:
         entry += word.ENTRY_BYTES
-    return entry
+    return entry  # type: ignore[no-any-return]
 
 
 @native

@@ -268,7 +268,7 @@ class PackedExpertKernel:
         constants[(word.CHUNK - word.CONSTANTS) // 8] = chunk
         size = word.BYTES + 3 * LINE + (rows + LARGEST_TILE) * 16 + rows * self._middle_bytes
         memory = aligned_bytes(size + tokens * self._row_bytes + threads * local)
-        groups = Groups(*(np.zeros(rows + extra, kind) for extra, kind in _GROUP_ARRAYS))
+        groups = Groups(*(np.zeros(rows + extra, kind) for extra, kind in _GROUP_ARRAYS))  # type: ignore[arg-type]
         args = int(memory.ctypes.data)
         mistake = _fill(
             args, constants, table, groups.experts, groups.offsets, groups.tokens, groups.weights, hidden, out,

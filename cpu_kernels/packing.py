@@ -30,7 +30,7 @@ HALF_MAX = 65504.0
 def _round(x: float) -> float:
     """Nearest integer of |x| < 2^22; ties to even."""
     magic = np.float32(12582912.0)
-    return np.float32(np.float32(x + magic) - magic)
+    return np.float32(np.float32(x + magic) - magic)  # type: ignore[return-value]
 
 
 @native
@@ -43,7 +43,7 @@ def _to_half(x: float) -> float:
     else:
         split = np.float32(size * np.float32(8193.0))  # Veltkamp: the upper 11 bits
         rounded = np.float32(split - np.float32(split - size))
-    return -rounded if x < 0 else rounded
+    return -rounded if x < 0 else rounded  # type: ignore[return-value]
 
 
 @compiled("void(Array(float32,2,'C',readonly=True), uint8[:,:,:,::1], float32[:,:,::1], int64, int64, int64)")
