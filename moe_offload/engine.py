@@ -199,10 +199,10 @@ class Engine:
         """
         self._require_open()
         model = self._model
-        decode_layer.detach(self._fused)
         experts = self.spec.expert_params * self._dtype.itemsize
         dense = 0 if self._dense is None else self._dense.stored_bytes
         require_memory(experts + dense, self.options.memory_limit, "the weights that the detached model needs")
+        decode_layer.detach(self._fused)
         if self._dense is not None:
             self._dense.restore(model, self._skeleton)
         self._skeleton.restore(model, self._dtype)

