@@ -61,7 +61,7 @@ class Generation:
             parts.append(f"prefill {_rate(self.prefill)}")
         if self.decode.tokens:
             parts.append(f"decode {_rate(self.decode)}")
-        if self.experts.bytes_read:
+        if self.experts.bytes_read and self.experts.timed_bytes == self.experts.bytes_read:
             parts.append(f"experts {self.experts.gigabytes_per_second:.1f} GB/s")
         count = f"{len(self.new_ids)} token{'' if len(self.new_ids) == 1 else 's'}"
         ends = {

@@ -10,7 +10,7 @@ class Counts:
 
     layer_calls: calls. rows: (token, expert) pairs computed. experts_run: experts read, once per call each.
     torch_experts: those of them that took the torch path. bytes_read: weights of the experts read. seconds: time in the
-    experts.
+    experts, and timed_bytes: what was read in it; a fused decode step is counted without a time of its experts' own.
     """
 
     layer_calls: int = 0
@@ -19,6 +19,7 @@ class Counts:
     torch_experts: int = 0
     bytes_read: int = 0
     seconds: float = 0.0
+    timed_bytes: int = 0
 
     def __sub__(self, other: "Counts") -> "Counts":
         return Counts(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
@@ -26,7 +27,7 @@ class Counts:
     @property
     def gigabytes_per_second(self) -> float:
         """Expert weights read per second of expert time, in GB/s (10^9 bytes)."""
-        return self.bytes_read / self.seconds / 1e9 if self.seconds else 0.0
+        return self.timed_bytes / self.seconds / 1e9 if self.seconds else 0.0
 
 
 class Statistics:
@@ -36,9 +37,10 @@ class Statistics:
         self._lock = threading.Lock()
         self._layer_calls = self._rows = self._experts_run = self._torch_experts = self._bytes_read = 0
         self._seconds = 0.0
+        self._timed_bytes = 0
 
     def add(self, rows: int, experts: int, torch_experts: int, bytes_read: int, seconds: float) -> None:
-        """One layer call. On the path of every token: plain additions, no object made."""
+        """One layer call; 0 seconds: not timed. On the path of every token: plain additions, no object made."""
         with self._lock:
             self._layer_calls += 1
             self._rows += rows
@@ -46,10 +48,13 @@ class Statistics:
             self._torch_experts += torch_experts
             self._bytes_read += bytes_read
             self._seconds += seconds
+            if seconds > 0:
+                self._timed_bytes += bytes_read
 
     def snapshot(self) -> Counts:
         """The totals so far."""
         with self._lock:
             return Counts(
-                self._layer_calls, self._rows, self._experts_run, self._torch_experts, self._bytes_read, self._seconds
-            )
+                self._layer_calls, self._rows, self._experts_run, self._torch_experts, self._bytes_read, self._seconds,
+                self._timed_bytes,
+            )  # fmt: skip
