@@ -52,6 +52,7 @@ def make_dot(dtype: WeightType, rows: int, tokens: int, lanes: int) -> Any:
         stride_a: Value,
         stride_b: Value,
     ) -> None:
+        asks = tokens > 1 or not em.target.follows_streams
         weights = [a, em.add(a, gap), b, em.add(b, gap)][:rows]
         inputs = [em.load(I64, xs, 8 * t) for t in range(tokens)]
         zero = em.const(vector(F32, lanes), 0.0)
@@ -63,7 +64,7 @@ def make_dot(dtype: WeightType, rows: int, tokens: int, lanes: int) -> Any:
                 x_at = [em.add(x, at_x) for x in inputs]
                 for v in range(vectors):
                     offset = v * width * size
-                    if ahead and offset % LINE == 0:
+                    if ahead and asks and offset % LINE == 0:
                         for w in w_at:
                             em.prefetch(w, offset + _bytes_ahead(tokens), locality=2)
                     ws = [load_weights(em, dtype, width, w, offset) for w in w_at]

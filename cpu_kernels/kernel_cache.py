@@ -41,7 +41,8 @@ def sources_hash() -> str:
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    for part in (numba.__version__, target.triple, target.cpu, target.features):
+    parts = numba.__version__, target.triple, target.cpu, target.features, str(target.follows_streams)
+    for part in parts:
         digest.update(part.encode() + b"\0")
     return digest.hexdigest()[:16]
 

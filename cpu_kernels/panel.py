@@ -26,6 +26,8 @@ from moe_offload.cpu_kernels.target import Target
 LINE = 64
 _ROWS_IN_16_BITS = {"int4": 8, "mxfp4": 4}
 _AHEAD = 2048  # bytes prefetched ahead
+# Tokens times planes from which on arithmetic holds up the reading on any CPU.
+_BUSY = {"int8": 16, "int4": 8, "mxfp4": 8}
 # Rows of a group that are written out one after the other; more of them are a loop. Straight code of 8 is as fast as of
 # 32 and compiles in a fraction of the time; with registers of 4 lanes a row is many instructions.
 _STRAIGHT = 8
@@ -201,6 +203,8 @@ class _Tile:
         return [code for part in parts for code in load_codes(self.em, self.layout, record, offset, part)]
 
     def _prefetch(self, address: Value, offset: int) -> None:
+        if self.em.target.follows_streams and len(self.rows) * self.planes < _BUSY[self.layout.dtype]:
+            return
         self.em.prefetch(address, offset + _AHEAD, locality=3 if len(self.rows) == 1 else 2)
 
     def _byte_dot(self, total: Value, codes: Value, inputs: Value) -> Value:

@@ -10,23 +10,19 @@ embedding and residuals.
 """
 
 import copy
-from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn.modules import module as torch_module
 from transformers.cache_utils import Cache, DynamicLayer
 
 from moe_offload.cpu_kernels.target import current_target
 from moe_offload.cpu_layer import PackedLayer
 from moe_offload.decode_modules import (
-    LAYER_CLASSES,
     WEIGHT_TYPES,
     Inside,
     Snapshot,
-    is_transformers,
     read_attention,
     read_norm,
     read_router,
@@ -41,6 +37,18 @@ _KNOWN_ARGUMENTS = frozenset(
     ("attention_mask", "position_ids", "past_key_values", "use_cache", "position_embeddings", "cache_position")
 )
 _ATTENTIONS = ("sdpa", "eager")
+
+
+def plain_call() -> bool:
+    """Whether nothing around the model watches what its modules do: autocast, tracing, hooks on all modules."""
+    if torch.is_autocast_enabled("cpu") or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+        return False
+    return not (torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
+
+
+def plain_cache(cache: Any) -> bool:
+    """Whether it is one of transformers' own, held in memory."""
+    return isinstance(cache, Cache) and type(cache).update is Cache.update and not cache.offloading
 
 
 class DecodeModel:
@@ -89,7 +97,7 @@ class DecodeLayer:
         cache = kwargs["past_key_values"].layers[self._attention.layer_idx]
         position = cache.keys.shape[2]
         cos, sin = kwargs["position_embeddings"]
-        plan = self._plan(hidden_states, cache, cos)
+        plan = self.plan(len(hidden_states), hidden_states.dtype, cos)
         step = self.shared.inputs.of(kwargs["attention_mask"], cos, sin, len(hidden_states), position + 1)
         if plan is None or step is None or not plan.takes(cache.keys, cache.values):
             return self._original(hidden_states, **kwargs)
@@ -103,7 +111,7 @@ class DecodeLayer:
             plan.run(keys, values, position)
             fill_to(cache, keys, values, position + 1)
             if plan.whole:
-                self._count(plan)
+                self.count(plan)
                 return b.out_tensor.to(hidden_states.dtype, copy=True)[:, None]
             after = b.after_tensor.to(hidden_states.dtype, copy=True)[:, None]
         return self._block(after)
@@ -122,9 +130,7 @@ class DecodeLayer:
             return False
         if hidden_states.shape[1] != 1 or len(hidden_states) > MOST_SEQUENCES:
             return False
-        if hidden_states.device.type != "cpu" or hidden_states.dtype not in WEIGHT_TYPES:
-            return False
-        if torch.is_autocast_enabled("cpu") or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+        if hidden_states.device.type != "cpu" or hidden_states.dtype not in WEIGHT_TYPES or not plain_call():
             return False
         if torch.is_grad_enabled() and (
             hidden_states.requires_grad or any(p.requires_grad for p in self.layer.parameters())
@@ -136,40 +142,40 @@ class DecodeLayer:
             return False
         if kwargs.get("position_embeddings") is None or "attention_mask" not in kwargs:
             return False
-        if not self._plain_cache(kwargs.get("past_key_values"), hidden_states):
-            return False
-        if self._attention.config._attn_implementation not in _ATTENTIONS:
-            return False
-        if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        cache = kwargs.get("past_key_values")
+        if not plain_cache(cache) or not self.reads(cache, hidden_states.dtype):
             return False
         return not self.layer.training and self._inside.untouched()
 
-    def _plain_cache(self, cache: Any, hidden_states: torch.Tensor) -> bool:
-        if not isinstance(cache, Cache) or type(cache).update is not Cache.update or cache.offloading:
-            return False
+    def reads(self, cache: Cache, dtype: torch.dtype) -> bool:
+        """Whether this layer's part of the cache is plain and of the type of the hidden states."""
         index = self._attention.layer_idx
         layer: Any = cache.layers[index] if index < len(cache.layers) else None
         if type(layer) is not DynamicLayer or not layer.is_initialized:
             return False
+        if self._attention.config._attn_implementation not in _ATTENTIONS:
+            return False
         # a cache in another type becomes what both types promote to
-        return bool(layer.get_seq_length() and layer.keys.dtype == layer.values.dtype == hidden_states.dtype)
+        return bool(layer.get_seq_length() and layer.keys.dtype == layer.values.dtype == dtype)
 
-    def _plan(self, hidden_states: torch.Tensor, cache: Any, cos: torch.Tensor) -> LayerPlan | None:
+    def plan(self, batch: int, dtype: torch.dtype, cos: torch.Tensor) -> LayerPlan | None:
+        """The plan for steps of `batch` sequences, made anew where a parameter changed; None where there is none."""
         snapshot, plans = self._snapshot, self._plans
         if not (snapshot.holds() and (self._looked or snapshot.same())):
             # plans in other threads go on with what they were made of
             snapshot, plans = self._snapshot, self._plans = Snapshot(), {}
         self._looked = True
-        key = len(hidden_states), hidden_states.dtype, cos.shape[-1]
+        key = batch, dtype, cos.shape[-1]
         if key not in plans:
             if len(plans) >= MOST_PLANS:
                 plans.pop(next(iter(plans)), None)
-            plans[key] = self._make_plan(snapshot, hidden_states, cos)
+            plans[key] = self._make_plan(snapshot, batch, dtype, cos)
         return plans.get(key)  # another thread may have dropped it: then this step is not fused
 
-    def _make_plan(self, snapshot: Snapshot, hidden_states: torch.Tensor, cos: torch.Tensor) -> LayerPlan | None:
-        layer, model_type = self.layer, WEIGHT_TYPES[hidden_states.dtype]
-        if model_type == "f16" and not current_target().half:
+    def _make_plan(self, snapshot: Snapshot, batch: int, dtype: torch.dtype, cos: torch.Tensor) -> LayerPlan | None:
+        layer, model_type = self.layer, WEIGHT_TYPES[dtype]
+        # `_inside` has to remember the modules that the plan reads
+        if not self._inside.untouched() or (model_type == "f16" and not current_target().half):
             return None
         modules = read_attention(layer, snapshot)
         if modules is None:
@@ -183,7 +189,7 @@ class DecodeLayer:
         heads = modules.heads
         width = heads.head_size
         buffers = self.shared.buffers(
-            len(hidden_states), hidden_states.shape[2], heads.q_heads * width, heads.kv_heads * width,
+            batch, found[3].outputs, heads.q_heads * width, heads.kv_heads * width,
             self.experts.num_experts if self.experts is not None else 0,
         )  # fmt: skip
         # gpt-oss gives each angle once, the others twice
@@ -194,28 +200,8 @@ class DecodeLayer:
             half, model_type, model_type, engine.options.activations, engine.team,
         )  # fmt: skip
 
-    def _count(self, plan: LayerPlan) -> None:
+    def count(self, plan: LayerPlan) -> None:
+        """Add a step's experts to the statistics."""
         experts = plan.active_experts
         assert self.experts is not None
         self.shared.engine.count_step(plan.routed_rows, experts, experts * self.experts.bytes_per_expert)
-
-
-def attach(engine: Any, model: nn.Module, experts: Mapping[str, Any]) -> list[nn.Module]:
-    """Let the decode step run the decoder layers it knows; those it took. `experts`: by the path of their module."""
-    shared = DecodeModel(engine)
-    taken = []
-    for path, layer in model.named_modules():
-        known = type(layer).__name__ in LAYER_CLASSES and is_transformers(layer)
-        if known and "forward" not in layer.__dict__:
-            inside = [each for name, each in experts.items() if name.startswith(path + ".")]
-            packed = inside[0] if len(inside) == 1 and isinstance(inside[0], PackedLayer) else None
-            layer.__dict__["forward"] = DecodeLayer(shared, layer, packed)
-            taken.append(layer)
-    return taken
-
-
-def detach(layers: list[nn.Module]) -> None:
-    """Inverse of `attach`."""
-    for layer in layers:
-        if isinstance(layer.__dict__.get("forward"), DecodeLayer):
-            del layer.__dict__["forward"]

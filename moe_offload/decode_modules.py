@@ -3,8 +3,10 @@
 Only classes that are known are taken: transformers names things alike in architectures that compute differently.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import attrgetter, is_, methodcaller
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -99,24 +101,26 @@ def _floats(tensor: torch.Tensor) -> NDArray[np.float32]:
 
 
 _TRAINS = attrgetter("training")
-_HAS_FORWARD = methodcaller("__contains__", "forward")
+_FORWARD = methodcaller("get", "forward")
 
 
 class Inside:
-    """The modules inside of a layer, and whether calling them would still do nothing but what their classes say.
+    """The modules inside of a module, and whether calling them would still do nothing but what their classes say.
 
-    Asked at every step of every layer: loops over them run in C.
+    forwards: by a module's id, the function that is expected to stand for its forward. Asked at every step: loops over
+    the modules run in C.
     """
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, root: nn.Module, forwards: Mapping[int, Any] = MappingProxyType({})) -> None:
         found = [
             (parent._modules, name, child)
-            for parent in layer.modules()
+            for parent in root.modules()
             for name, child in parent._modules.items()
             if child is not None
         ]
         self._parents, self._names, self._modules = zip(*found, strict=True)
         self._dicts = [each.__dict__ for each in self._modules]
+        self._forwards = [forwards.get(id(each)) for each in self._modules]
         self._hooks = [hooks for each in self._modules for hooks in (each._forward_hooks, each._forward_pre_hooks)]
 
     def untouched(self) -> bool:
@@ -124,7 +128,7 @@ class Inside:
         return (
             not any(self._hooks)
             and not any(map(_TRAINS, self._modules))
-            and not any(map(_HAS_FORWARD, self._dicts))
+            and all(map(is_, map(_FORWARD, self._dicts), self._forwards))
             and all(map(is_, map(dict.get, self._parents, self._names), self._modules))
         )
 

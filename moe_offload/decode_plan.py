@@ -58,8 +58,8 @@ class StepBuffers:
         self.logits = np.zeros((tokens, max(experts, 1)), np.float32)
         self.lengths, self.starts = (np.zeros(tokens, np.int64) for _ in range(2))
         with torch.inference_mode(False):  # tensors made in inference mode cannot be written to outside of it
-            self.x_tensor, self.after_tensor, self.out_tensor = (
-                torch.from_numpy(array) for array in (self.x, self.after, self.out)
+            self.x_tensor, self.after_tensor, self.out_tensor, self.normed_tensor = (
+                torch.from_numpy(array) for array in (self.x, self.after, self.out, self.normed)
             )
 
 
@@ -89,7 +89,7 @@ class LayerPlan:
         self._keep = snapshot, modules  # what the addresses are of
         self._kernels: list[Any] = []
         self._memory: list[Any] = []
-        self._activations, self._model_type = activations, model_type
+        self._activations, self.model_type = activations, model_type
         self._sinks = modules.sinks
         shape = modules.heads._replace(half=half)
         qkv, output = sources[:3], sources[3]
@@ -117,6 +117,8 @@ class LayerPlan:
             self._experts_layer: PackedLayer | None = experts
         else:
             self._experts_layer = None
+        self.stages: tuple[Stage, ...] = ()  # others when the cache has outgrown them
+        self._where, self._strides = (0, 0, 0), Strides(0, 0, 0)
         self._chain: Chain | None = None
 
     def takes(self, keys: torch.Tensor, values: torch.Tensor) -> bool:
@@ -142,19 +144,29 @@ class LayerPlan:
 
     def run(self, keys: torch.Tensor, values: torch.Tensor, position: int) -> None:
         """Run the step; the new keys and values go to `position` of the cache buffers [B, Hkv, capacity, D]."""
-        size = keys.element_size()
-        batch, head, place, _ = keys.stride()
-        strides = Strides(batch * size, head * size, place * size)
-        where = (keys.data_ptr(), values.data_ptr(), strides)
+        self.place(keys, values, position)
+        if self._chain is None:
+            self._chain = Chain(self.stages)
+        self._chain.run(self.team)
+
+    def place(self, keys: torch.Tensor, values: torch.Tensor, position: int) -> None:
+        """Prepare `stages` for a step with these cache buffers; see `run`."""
+        where = keys.data_ptr(), values.data_ptr(), keys.shape[2]
+        if where != self._where:
+            self._point(keys, values)
+            self._where = where
+        self.heads.place(*where[:2], self._strides, position)
+
+    def _point(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Let the attention read other buffers than before."""
+        size, (batch, head, place, _) = keys.element_size(), keys.stride()
         if keys.shape[2] > self._capacity:
             self._room_for(keys.shape[2])
-        self.heads.place(where[0], where[1], strides, position)
+        self._strides = strides = Strides(batch * size, head * size, place * size)
         words = self._attention_words
-        words[attention_block.KEYS // 8], words[attention_block.VALUES // 8] = where[:2]
+        words[attention_block.KEYS // 8], words[attention_block.VALUES // 8] = keys.data_ptr(), values.data_ptr()
         for first in (attention_block.KEY_BATCH // 8, attention_block.VALUE_BATCH // 8):
             words[first : first + 3] = strides
-        assert self._chain is not None
-        self._chain.run(self.team)
 
     def _room_for(self, capacity: int) -> None:
         """The attention's block has slots for the chunks of a longest context."""
@@ -169,7 +181,7 @@ class LayerPlan:
         self._attention_memory, self._attention_words = memory, memory.view(np.int64)
         self._capacity = capacity
         attention = Stage(self._attention.job_address, at, 2)
-        self._chain = Chain([*self._before, attention, *self._after])
+        self.stages, self._chain = (*self._before, attention, *self._after), None
 
     def _matrices(
         self, cols: int, sources: Sequence[Source], x: NDArray[np.float32], outs: Sequence[NDArray[np.float32]],
@@ -182,7 +194,7 @@ class LayerPlan:
         matrices = [Matrix(s.address, s.outputs, s.bias, add, add_step) for s in sources]
         places = [(address(out), out.strides[0]) for out in outs]
         cuts = kernel.fill(
-            address(memory), matrices, tokens, address(x), x.strides[0], places, threads, norm, self._model_type
+            address(memory), matrices, tokens, address(x), x.strides[0], places, threads, norm, self.model_type
         )
         if norm_out is not None:
             memory.view(np.int64)[matrix_block.NORM_OUT // 8] = address(norm_out)
@@ -203,7 +215,7 @@ class LayerPlan:
         most = min(count, b.tokens * router.choices)
         up = experts.kernel.record.up_matrix
         cuts = CutsTable(up.blocks, max(1, experts.kernel.record.group // 32), most, threads)
-        rounding = self._model_type if router.rounded else "f32"
+        rounding = self.model_type if router.rounded else "f32"
         stage = RouteStage(
             b.tokens, count, router.choices, router.routing, rounding, address(b.logits), address(b.after),
             address(b.out), hidden, at, cuts,

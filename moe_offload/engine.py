@@ -22,13 +22,14 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedModel
 
-from moe_offload import decode_layer
+from moe_offload import decode_model
 from moe_offload.cpu_kernels.grouping import group_tokens
 from moe_offload.cpu_kernels.matrices import Matrix, MatrixKernel
 from moe_offload.cpu_kernels.processors import default_threads
 from moe_offload.cpu_kernels.team import Team
 from moe_offload.cpu_layer import CpuLayer, PackedLayer
 from moe_offload.cpu_setup import make_layers, make_packed_layers, make_team
+from moe_offload.decode_layer import DecodeLayer
 from moe_offload.dense import pack_dense
 from moe_offload.memory import require_memory
 from moe_offload.models.experts_function import attach_handle, detach_handle
@@ -85,7 +86,7 @@ class Engine:
                 model, skeleton, wanted, options.activations, self.threads, self.multiply, progress
             )
 
-        self._fused = decode_layer.attach(self, model, self._layers) if options.fused_decode else []
+        self._fused = decode_model.attach(self, model, self._layers) if options.fused_decode else []
 
     @property
     def spec(self) -> MoeSpec:
@@ -100,7 +101,7 @@ class Engine:
     @property
     def fused_layers(self) -> int:
         """Decoder layers whose decode step runs in one launch; the others run through transformers' modules."""
-        return len(self._fused)
+        return sum(isinstance(each.__dict__.get("forward"), DecodeLayer) for each in self._fused)
 
     @property
     def threads(self) -> int:
@@ -202,7 +203,7 @@ class Engine:
         experts = self.spec.expert_params * self._dtype.itemsize
         dense = 0 if self._dense is None else self._dense.stored_bytes
         require_memory(experts + dense, self.options.memory_limit, "the weights that the detached model needs")
-        decode_layer.detach(self._fused)
+        decode_model.detach(self._fused)
         if self._dense is not None:
             self._dense.restore(model, self._skeleton)
         self._skeleton.restore(model, self._dtype)
@@ -224,7 +225,7 @@ class Engine:
                 return
             self._closed = True
             self._gate.wait_for(lambda: self._calls == 0)
-        decode_layer.detach(self._fused)
+        decode_model.detach(self._fused)
         for path in self._layers:
             detach_handle(self._model.get_submodule(path))
         self._model.__dict__.pop("offload", None)

@@ -53,17 +53,17 @@ def load_pair(folder: Path, **options: Any) -> Pair:
 @contextmanager
 def counted_runs() -> Iterator[list[LayerPlan]]:
     """The plans that run while this is entered, in order."""
-    original, found = LayerPlan.run, []
+    original, found = LayerPlan.place, []
 
-    def run(self: LayerPlan, *args: Any) -> None:
+    def place(self: LayerPlan, *args: Any) -> None:
         found.append(self)
         original(self, *args)
 
-    LayerPlan.run = run  # type: ignore[assignment,method-assign]
+    LayerPlan.place = place  # type: ignore[assignment,method-assign]
     try:
         yield found
     finally:
-        LayerPlan.run = original  # type: ignore[method-assign]
+        LayerPlan.place = original  # type: ignore[method-assign]
 
 
 def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = TOLERANCE) -> bool:
