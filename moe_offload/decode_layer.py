@@ -36,7 +36,7 @@ MOST_PLANS = 4  # of a layer, for different numbers of sequences: each has memor
 _KNOWN_ARGUMENTS = frozenset(
     ("attention_mask", "position_ids", "past_key_values", "use_cache", "position_embeddings", "cache_position")
 )
-_ATTENTIONS = ("sdpa", "eager")
+ATTENTIONS = ("sdpa", "eager")
 
 
 def plain_call() -> bool:
@@ -49,6 +49,14 @@ def plain_call() -> bool:
 def plain_cache(cache: Any) -> bool:
     """Whether it is one of transformers' own, held in memory."""
     return isinstance(cache, Cache) and type(cache).update is Cache.update and not cache.offloading
+
+
+def is_plain_layer(layer: Any, dtype: torch.dtype) -> bool:
+    """Whether a cache's layer simply holds keys and values, some at least, and of the type of the hidden states."""
+    if type(layer) is not DynamicLayer or not layer.is_initialized:
+        return False
+    # a cache in another type becomes what both types promote to
+    return bool(layer.get_seq_length() and layer.keys.dtype == layer.values.dtype == dtype)
 
 
 class DecodeModel:
@@ -74,7 +82,7 @@ class DecodeLayer:
 
     def __init__(self, shared: DecodeModel, layer: Any, experts: PackedLayer | None) -> None:
         self.shared, self.layer, self.experts = shared, layer, experts
-        self._snapshot = Snapshot()
+        self.snapshot = Snapshot()
         self._plans: dict[tuple[Any, ...], LayerPlan | None] = {}
         self._looked = True  # since the last step that was none
 
@@ -97,9 +105,9 @@ class DecodeLayer:
         cache = kwargs["past_key_values"].layers[self._attention.layer_idx]
         position = cache.keys.shape[2]
         cos, sin = kwargs["position_embeddings"]
-        plan = self.plan(len(hidden_states), hidden_states.dtype, cos)
+        plan = self.plan(len(hidden_states), hidden_states.dtype, cos.shape[-1])
         step = self.shared.inputs.of(kwargs["attention_mask"], cos, sin, len(hidden_states), position + 1)
-        if plan is None or step is None or not plan.takes(cache.keys, cache.values):
+        if plan is None or step is None or not plan.takes(cache.keys, cache.values, position):
             return self._original(hidden_states, **kwargs)
         b = plan.buffers
         with self.shared.engine.in_flight(), b.lock:
@@ -142,37 +150,34 @@ class DecodeLayer:
             return False
         if kwargs.get("position_embeddings") is None or "attention_mask" not in kwargs:
             return False
-        cache = kwargs.get("past_key_values")
-        if not plain_cache(cache) or not self.reads(cache, hidden_states.dtype):
+        cache: Any = kwargs.get("past_key_values")
+        index = self._attention.layer_idx
+        if not plain_cache(cache) or index >= len(cache.layers):
+            return False
+        if not is_plain_layer(cache.layers[index], hidden_states.dtype):
+            return False
+        if self._attention.config._attn_implementation not in ATTENTIONS:
             return False
         return not self.layer.training and self._inside.untouched()
 
-    def reads(self, cache: Cache, dtype: torch.dtype) -> bool:
-        """Whether this layer's part of the cache is plain and of the type of the hidden states."""
-        index = self._attention.layer_idx
-        layer: Any = cache.layers[index] if index < len(cache.layers) else None
-        if type(layer) is not DynamicLayer or not layer.is_initialized:
-            return False
-        if self._attention.config._attn_implementation not in _ATTENTIONS:
-            return False
-        # a cache in another type becomes what both types promote to
-        return bool(layer.get_seq_length() and layer.keys.dtype == layer.values.dtype == dtype)
+    def plan(self, batch: int, dtype: torch.dtype, angles: int) -> LayerPlan | None:
+        """The plan for steps of `batch` sequences, made anew where a parameter changed; None where there is none.
 
-    def plan(self, batch: int, dtype: torch.dtype, cos: torch.Tensor) -> LayerPlan | None:
-        """The plan for steps of `batch` sequences, made anew where a parameter changed; None where there is none."""
-        snapshot, plans = self._snapshot, self._plans
+        angles: size of a row of the rotary embedding's cos and sin.
+        """
+        snapshot, plans = self.snapshot, self._plans
         if not (snapshot.holds() and (self._looked or snapshot.same())):
             # plans in other threads go on with what they were made of
-            snapshot, plans = self._snapshot, self._plans = Snapshot(), {}
+            snapshot, plans = self.snapshot, self._plans = Snapshot(), {}
         self._looked = True
-        key = batch, dtype, cos.shape[-1]
+        key = batch, dtype, angles
         if key not in plans:
             if len(plans) >= MOST_PLANS:
                 plans.pop(next(iter(plans)), None)
-            plans[key] = self._make_plan(snapshot, batch, dtype, cos)
+            plans[key] = self._make_plan(snapshot, batch, dtype, angles)
         return plans.get(key)  # another thread may have dropped it: then this step is not fused
 
-    def _make_plan(self, snapshot: Snapshot, batch: int, dtype: torch.dtype, cos: torch.Tensor) -> LayerPlan | None:
+    def _make_plan(self, snapshot: Snapshot, batch: int, dtype: torch.dtype, angles: int) -> LayerPlan | None:
         layer, model_type = self.layer, WEIGHT_TYPES[dtype]
         # `_inside` has to remember the modules that the plan reads
         if not self._inside.untouched() or (model_type == "f16" and not current_target().half):
@@ -193,7 +198,7 @@ class DecodeLayer:
             self.experts.num_experts if self.experts is not None else 0,
         )  # fmt: skip
         # gpt-oss gives each angle once, the others twice
-        half = cos.shape[-1] if type(layer).__name__ == "GptOssDecoderLayer" else cos.shape[-1] // 2
+        half = angles if type(layer).__name__ == "GptOssDecoderLayer" else angles // 2
         engine = self.shared.engine
         return LayerPlan(
             buffers, snapshot, modules, found, router if after_norm is not None else None, self.experts, after_norm,

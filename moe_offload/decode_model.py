@@ -21,10 +21,19 @@ from moe_offload.cpu_kernels.hand_over import HandOver
 from moe_offload.cpu_kernels.matrices import Norm
 from moe_offload.cpu_kernels.stages import Chain, Stage
 from moe_offload.cpu_layer import PackedLayer
-from moe_offload.decode_layer import MOST_SEQUENCES, DecodeLayer, DecodeModel, plain_cache, plain_call
+from moe_offload.decode_layer import (
+    ATTENTIONS,
+    MOST_SEQUENCES,
+    DecodeLayer,
+    DecodeModel,
+    is_plain_layer,
+    plain_cache,
+    plain_call,
+)
 from moe_offload.decode_modules import LAYER_CLASSES, WEIGHT_TYPES, Inside, Snapshot, is_transformers, read_norm
 from moe_offload.decode_plan import LayerPlan
 from moe_offload.kv_room import fill_to, make_room
+from moe_offload.rotary_table import RotaryTable
 
 # inner models whose forward is: embedding, rotary embedding, one causal mask, the layers, a norm
 MODEL_CLASSES = frozenset(f"{name}Model" for name in ("Qwen3Moe", "Mixtral", "Olmoe"))
@@ -43,6 +52,24 @@ class ModelPlan:
         self._stages: list[tuple[Stage, ...]] = []
         self._chain: Chain | None = None
 
+    def begin(
+        self,
+        x: torch.Tensor,
+        starts: NDArray[np.int64],
+        length: int,
+        cos: NDArray[np.float32],
+        sin: NDArray[np.float32],
+    ) -> None:
+        """A step's inputs: x [T, H]; what each sequence sees, positions starts[t] to length; cos, sin [T or 1, D]."""
+        buffers = self.buffers
+        buffers.x_tensor.copy_(x)
+        buffers.lengths[:] = length
+        buffers.starts[:] = starts
+        self._angles = cos, sin  # read until the step's end
+        where = int(cos.ctypes.data), int(sin.ctypes.data), 0 if len(cos) == 1 else cos.strides[0]
+        for layer in self.layers:
+            layer.heads.point(*where)
+
     def run(self, rooms: Sequence[tuple[torch.Tensor, torch.Tensor]], position: int) -> None:
         """Run the step; see `LayerPlan.run`. The result, behind the norm, is in buffers.normed."""
         for plan, (keys, values) in zip(self.layers, rooms, strict=True):
@@ -60,8 +87,8 @@ class ModelStep:
 
     def __init__(self, shared: DecodeModel, model: Any, layers: Sequence[DecodeLayer]) -> None:
         self.shared, self.model, self.layers = shared, model, layers
-        self._snapshot = Snapshot()
-        self._plan: ModelPlan | None = None
+        self._table = RotaryTable()
+        self._known: tuple[tuple[Any, ...], ModelPlan | None, Snapshot] = ((), None, Snapshot())
         self._looked = True  # since the last call that was no step
 
     @cached_property
@@ -98,40 +125,31 @@ class ModelStep:
             return None
         if not plain_cache(past_key_values) or not self._untouched():
             return None
-        model, dtype = self.model, self.model.embed_tokens.weight.dtype
-        if dtype not in WEIGHT_TYPES or not all(each.reads(past_key_values, dtype) for each in self.layers):
-            return None
+        weight = self.model.embed_tokens.weight
         caches = past_key_values.layers
-        position = caches[0].keys.shape[2]
-        if len(caches) != len(self.layers) or any(each.keys.shape[2] != position for each in caches):
+        if weight.dtype not in WEIGHT_TYPES or weight.device.type != "cpu" or len(caches) != len(self.layers):
             return None
+        if not all(is_plain_layer(each, weight.dtype) for each in caches):
+            return None
+        position = caches[0].keys.shape[2]
         starts = first_seen(attention_mask, batch, position + 1)
         if starts is None:
             return None
-        if position_ids is None:
-            position_ids = torch.full((1, 1), position)
-        embedded = model.embed_tokens(input_ids)
-        cos, sin = model.rotary_emb(embedded, position_ids=position_ids)
-        step = self.shared.inputs.of(None, cos, sin, batch, position + 1)
-        plan = self._plan_for(batch, dtype, cos)
-        if step is None or plan is None:
+        embedded = torch.embedding(weight, input_ids)
+        rotary = self._rotary(position_ids, position, embedded)
+        plan = None if rotary is None else self._plan(batch, weight.dtype, rotary[0].shape[1])
+        if rotary is None or plan is None:
             return None
-        if not all(p.takes(c.keys, c.values) for p, c in zip(plan.layers, caches, strict=True)):
+        if not all(p.takes(c.keys, c.values, position) for p, c in zip(plan.layers, caches, strict=True)):
             return None
-        buffers = plan.buffers
-        with self.shared.engine.in_flight(), buffers.lock:
+        with self.shared.engine.in_flight(), plan.buffers.lock:
+            plan.begin(embedded[:, 0], starts, position + 1, *rotary)
             rooms = [make_room(each) for each in caches]
-            buffers.x_tensor.copy_(embedded[:, 0])
-            buffers.lengths[:] = position + 1
-            buffers.starts[:] = starts
-            for layer in plan.layers:
-                layer.heads.point(step.cos_address, step.sin_address, step.cos_step)
             plan.run(rooms, position)
             for each, (keys, values) in zip(caches, rooms, strict=True):
                 fill_to(each, keys, values, position + 1)
-            for standing, layer in zip(self.layers, plan.layers, strict=True):
-                standing.count(layer)
-            hidden = buffers.normed_tensor.to(dtype, copy=True)[:, None]
+            self._count(plan)
+            hidden = plan.buffers.normed_tensor.to(weight.dtype, copy=True)[:, None]
         return MoeModelOutputWithPast(last_hidden_state=hidden, past_key_values=past_key_values)
 
     def _untouched(self) -> bool:
@@ -140,26 +158,57 @@ class ModelStep:
         config = model.config
         if any(getattr(config, name, False) for name in _REPORTS) or not getattr(config, "return_dict", True):
             return False
-        if config.num_hidden_layers != len(self.layers) or type(model.embed_tokens) is not nn.Embedding:
+        if config.num_hidden_layers != len(self.layers) or config._attn_implementation not in ATTENTIONS:
+            return False
+        if type(model.embed_tokens) is not nn.Embedding or model.embed_tokens.max_norm is not None:
             return False
         if torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()):
             return False
         return not model.training and self._inside.untouched()
 
-    def _plan_for(self, batch: int, dtype: torch.dtype, cos: torch.Tensor) -> ModelPlan | None:
-        layers = [each.plan(batch, dtype, cos) for each in self.layers]
-        last, snapshot = self._plan, self._snapshot
-        sound = snapshot.holds() and (self._looked or snapshot.same())
+    def _rotary(
+        self, position_ids: Any, position: int, like: torch.Tensor
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
+        """cos and sin, f32 [B, D] or [1, D]; None for positions that are none."""
+        if position_ids is None:
+            position_ids = torch.full((1, 1), position)
+        if type(position_ids) is not torch.Tensor or position_ids.device.type != "cpu":
+            return None
+        if position_ids.dtype != torch.int64 or position_ids.shape not in ((1, 1), (len(like), 1)):
+            return None
+        rows = self._table.rows(self.model.rotary_emb, position_ids.numpy()[:, 0], like)
+        if rows is not None:
+            return rows
+        cos, sin = self.model.rotary_emb(like, position_ids=position_ids)
+        if cos.shape != sin.shape or cos.shape[:-1] != position_ids.shape:
+            return None
+        return cos[:, 0].to(torch.float32).numpy(), sin[:, 0].to(torch.float32).numpy()
+
+    def _plan(self, batch: int, dtype: torch.dtype, angles: int) -> ModelPlan | None:
+        key = batch, dtype, angles
+        known, plan, snapshot = self._known
+        if known == key and self._looked and snapshot.holds():
+            return plan
+        layers = [each.plan(batch, dtype, angles) for each in self.layers]
+        own = Snapshot()
+        norm = read_norm(self.model.norm, own)
+        whole = [each for each in layers if each is not None and each.whole]
+        plan = None
+        if norm is not None and len(whole) == len(layers) and all(p.buffers is whole[0].buffers for p in whole):
+            plan = ModelPlan(whole, norm)
+        self._known = key, plan, Snapshot.of_all([own, *(each.snapshot for each in self.layers)])
         self._looked = True
-        if last is None or not sound or list(last.layers) != layers:
-            self._snapshot = snapshot = Snapshot()
-            norm = read_norm(self.model.norm, snapshot)
-            whole = [each for each in layers if each is not None and each.whole]
-            if norm is None or len(whole) < len(layers) or any(p.buffers is not whole[0].buffers for p in whole):
-                self._plan = None
-                return None
-            last = self._plan = ModelPlan(whole, norm)
-        return last
+        return plan
+
+    def _count(self, plan: ModelPlan) -> None:
+        """Add a step's experts to the statistics."""
+        rows, experts, bytes_read = 0, 0, 0
+        for layer, standing in zip(plan.layers, self.layers, strict=True):
+            assert standing.experts is not None
+            active = layer.active_experts
+            rows, experts = rows + layer.routed_rows, experts + active
+            bytes_read += active * standing.experts.bytes_per_expert
+        self.shared.engine.count_step(rows, experts, bytes_read, len(plan.layers))
 
 
 def first_seen(mask: Any, batch: int, length: int) -> NDArray[np.int64] | None:
@@ -194,8 +243,9 @@ def attach(engine: Any, model: nn.Module, experts: Mapping[str, Any]) -> list[nn
         if is_transformers(module) and "forward" not in module.__dict__ and type(module).__name__ in MODEL_CLASSES:
             layers: Any = module.layers
             standing = [taken[id(layer)] for layer in layers if id(layer) in taken]
+            one_config = all(each.layer.self_attn.config is module.config for each in standing)
             in_order = [each.layer.self_attn.layer_idx for each in standing] == list(range(len(layers)))
-            if standing and in_order and all(each.experts is not None for each in standing):
+            if standing and one_config and in_order and all(each.experts is not None for each in standing):
                 module.__dict__["forward"] = ModelStep(shared, module, standing)
                 found.append(module)
     return found

@@ -3,11 +3,11 @@
 Only classes that are known are taken: transformers names things alike in architectures that compute differently.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter, is_, methodcaller
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,27 +31,35 @@ ROUTERS: dict[str, Routing] = {
     "GptOssTopKRouter": "softmax_of_chosen",
 }
 WEIGHT_TYPES: dict[torch.dtype, WeightType] = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
-
-
-class _Watched(NamedTuple):
-    """A parameter as it was found."""
-
-    parameters: dict[str, nn.Parameter | None]  # of its module
-    name: str
-    tensor: torch.Tensor | None
-    address: int
-    version: int | None  # None: tensors of inference mode count no versions
+_VERSION = attrgetter("_version")
 
 
 class Snapshot:
     """Parameters that a plan reads, small ones as f32 copies, and whether they still are what was found.
 
-    Writing through `.data` counts no version: `same` sees it, at the cost of comparing the copies.
+    Writing through `.data` counts no version: `same` sees it, at the cost of comparing the copies. `holds` is asked at
+    every step: it loops in C.
     """
 
     def __init__(self) -> None:
         self._copies: list[tuple[torch.Tensor, NDArray[np.float32]]] = []
-        self._watched: list[_Watched] = []
+        # where each parameter was found, under which name, and what was there
+        self._places: list[dict[str, nn.Parameter | None]] = []
+        self._names: list[str] = []
+        self._found: list[torch.Tensor | None] = []
+        self._tensors: list[torch.Tensor] = []
+        self._addresses: list[int] = []
+        self._counted: list[torch.Tensor] = []  # tensors made in inference mode count no versions
+        self._versions: list[int] = []
+
+    @classmethod
+    def of_all(cls, snapshots: Iterable["Snapshot"]) -> "Snapshot":
+        """One that holds as long as all of these do."""
+        joined = cls()
+        for each in snapshots:
+            for name, values in vars(each).items():
+                getattr(joined, name).extend(values)
+        return joined
 
     def take(self, module: nn.Module, name: str) -> int:
         """Address of a parameter's values in f32; 0 where there is none."""
@@ -72,22 +80,24 @@ class Snapshot:
 
     def _watch(self, module: nn.Module, name: str) -> torch.Tensor | None:
         tensor = module._parameters.get(name)
-        address, version = 0, None
+        self._places.append(module._parameters)
+        self._names.append(name)
+        self._found.append(tensor)
         if tensor is not None:
-            address, version = tensor.data_ptr(), None if tensor.is_inference() else tensor._version
-        self._watched.append(_Watched(module._parameters, name, tensor, address, version))
+            self._tensors.append(tensor)
+            self._addresses.append(tensor.data_ptr())
+            if not tensor.is_inference():
+                self._counted.append(tensor)
+                self._versions.append(tensor._version)
         return tensor
 
     def holds(self) -> bool:
         """Whether no parameter was replaced, moved or written to since."""
-        for parameters, name, tensor, address, version in self._watched:
-            if parameters.get(name) is not tensor:
-                return False
-            if tensor is not None and (
-                tensor.data_ptr() != address or (version is not None and tensor._version != version)
-            ):
-                return False
-        return True
+        return (
+            all(map(is_, map(dict.get, self._places, self._names), self._found))
+            and list(map(torch.Tensor.data_ptr, self._tensors)) == self._addresses
+            and list(map(_VERSION, self._counted)) == self._versions
+        )
 
     def same(self) -> bool:
         """Whether the copies still have the parameters' values."""

@@ -121,10 +121,10 @@ class LayerPlan:
         self._where, self._strides = (0, 0, 0), Strides(0, 0, 0)
         self._chain: Chain | None = None
 
-    def takes(self, keys: torch.Tensor, values: torch.Tensor) -> bool:
-        """Whether the step can read and extend this cache [B, Hkv, L, D]."""
+    def takes(self, keys: torch.Tensor, values: torch.Tensor, position: int) -> bool:
+        """Whether the step can read and extend this cache [B, Hkv, position, D]."""
         shape = self._attention.shape
-        wanted = (self.buffers.tokens, shape.kv_heads, keys.shape[2], shape.head_size)
+        wanted = (self.buffers.tokens, shape.kv_heads, position, shape.head_size)
         return keys.shape == wanted and values.shape == wanted
 
     @property

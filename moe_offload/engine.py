@@ -188,9 +188,11 @@ class Engine:
         )
         return out.to(call.hidden_states.device, call.hidden_states.dtype)
 
-    def count_step(self, rows: int, experts: int, bytes_read: int) -> None:
-        """Count one layer of a fused decode step; its experts' share of the time is not known."""
-        self.statistics.add(rows=rows, experts=experts, torch_experts=0, bytes_read=bytes_read, seconds=0.0)
+    def count_step(self, rows: int, experts: int, bytes_read: int, layers: int = 1) -> None:
+        """Count layers of a fused decode step; their experts' share of the time is not known."""
+        self.statistics.add(
+            rows=rows, experts=experts, torch_experts=0, bytes_read=bytes_read, seconds=0.0, calls=layers
+        )
 
     def detach(self) -> PreTrainedModel:
         """Give the model back as a plain load would have made it: expert weights copied into parameters, no trace

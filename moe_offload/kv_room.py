@@ -46,7 +46,7 @@ def make_room(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 def fill_to(layer: Any, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
     """The first `length` positions of the buffers are the cache's content now."""
-    layer.keys, layer.values = keys[:, :, :length], values[:, :, :length]
+    layer.keys, layer.values = keys.narrow(2, 0, length), values.narrow(2, 0, length)
     layer.__dict__[_ATTRIBUTE].filled = length
 
 

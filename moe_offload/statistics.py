@@ -39,10 +39,10 @@ class Statistics:
         self._seconds = 0.0
         self._timed_bytes = 0
 
-    def add(self, rows: int, experts: int, torch_experts: int, bytes_read: int, seconds: float) -> None:
-        """One layer call; 0 seconds: not timed. On the path of every token: plain additions, no object made."""
+    def add(self, rows: int, experts: int, torch_experts: int, bytes_read: int, seconds: float, calls: int = 1) -> None:
+        """Calls of layers; 0 seconds: not timed. On the path of every token: plain additions, no object made."""
         with self._lock:
-            self._layer_calls += 1
+            self._layer_calls += calls
             self._rows += rows
             self._experts_run += experts
             self._torch_experts += torch_experts

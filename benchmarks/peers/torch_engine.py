@@ -57,10 +57,11 @@ class TorchEngine:
     def _times(self, prompts: list[list[int]], new_tokens: int) -> list[float]:
         """When each new token was there."""
         ids, clock = torch.tensor(prompts), Clock()
+        # without an end token, as llama.cpp's loop: to suppress it costs some 0.2 ms a step
+        settings = transformers.GenerationConfig(max_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
         self._model.generate(
-            ids, attention_mask=torch.ones_like(ids), min_new_tokens=new_tokens, max_new_tokens=new_tokens,
-            do_sample=False, streamer=clock,
-        )  # fmt: skip
+            ids, attention_mask=torch.ones_like(ids), generation_config=settings, eos_token_id=None, streamer=clock
+        )
         return clock.times[1:]  # the first is the prompt
 
 
