@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 
 from moe_offload.cpu_kernels import OpenMPTeam, Team, ThreadTeam, group_tokens
 from moe_offload.cpu_kernels import packed_block as experts_word
+from moe_offload.cpu_kernels.hand_over import HandOver
 from moe_offload.cpu_kernels.heads import COUNTERS as HEADS_COUNTERS
 from moe_offload.cpu_kernels.heads import HeadsShape, HeadsStage, heads_job
 from moe_offload.cpu_kernels.layout import WeightType
-from moe_offload.cpu_kernels.matrices import Matrix, MatrixKernel
+from moe_offload.cpu_kernels.matrices import Matrix, MatrixKernel, Norm
 from moe_offload.cpu_kernels.matrix_block import COUNTERS as MATRIX_COUNTERS
 from moe_offload.cpu_kernels.openmp_team import find_openmp_runtime
 from moe_offload.cpu_kernels.route import COUNTERS as ROUTE_COUNTERS
@@ -147,6 +148,25 @@ def test_one_angle_for_all_tokens() -> None:
     with ThreadTeam(2) as team:
         Chain([Stage(heads_job().address, stage.block, HEADS_COUNTERS)]).run(team)
     assert np.allclose(queries, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("norm", ["none", "rms", "layer"])
+def test_hand_over(norm: str, dtype: Any, team: Team) -> None:
+    for tokens, width in ((1, 1), (1, 67), (5, 64)):
+        source, target = random(tokens, width), np.full((tokens, width), np.nan, np.float32)
+        weight, bias = 1 + random(width, seed=1) / 4, random(width, seed=2)
+        wanted = Norm(address(weight), 1e-5, address(bias) if norm == "layer" else 0) if norm != "none" else None
+        Chain([HandOver(source, target, dtype, wanted).stage]).run(team)
+        expected = rounded(source, dtype)
+        if norm == "rms":
+            expected = rms_norm(expected, weight, 1e-5, dtype)
+        if norm == "layer":
+            centred = expected - expected.mean(-1, keepdims=True)
+            expected = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * weight + bias
+        assert np.abs(target - expected).max() <= 2 * STEP[dtype] * max(1, np.abs(expected).max())
+        if norm == "none":
+            assert np.array_equal(target, expected)
 
 
 class Routed(NamedTuple):
