@@ -161,9 +161,13 @@ def compile_job(function: Callable[..., Any], signature: str, key: str) -> Any:
         compiled._cache = _KernelCache(function, folder, key)
     started = time.perf_counter()
     compiled.compile()
-    verb = "loaded" if compiled.cache_hits else "compiled"
-    logger.debug("%s kernel %s in %.2f s", verb, key, time.perf_counter() - started)
+    _report(compiled.cache_hits > 0, key, started)
     return compiled
+
+
+def _report(cached: bool, key: str, started: float) -> None:
+    verb = "loaded" if cached else "compiled"
+    logger.debug("%s kernel %s in %.2f s", verb, key, time.perf_counter() - started)
 
 
 def compiled(signature: str) -> Callable[[Callable[..., Any]], Any]:
@@ -189,7 +193,9 @@ class _Lazy:
             folder = cache_folder()
             if folder is not None:
                 dispatcher._cache = _KernelCache(self._function, folder, "host")
+            started = time.perf_counter()
             dispatcher.compile(self._signature)
+            _report(bool(dispatcher.stats.cache_hits), self._function.__qualname__, started)
             dispatcher.disable_compile()
             self._call = dispatcher
         return self._call

@@ -11,10 +11,16 @@ libgomp defines it; the runtimes of LLVM and Intel have it for compatibility. Ea
 ticket, which is its number. A job never waits for a particular thread, so a region that gets fewer threads than it
 asked for (a nested one, or OMP_THREAD_LIMIT) still finishes.
 
+Where this thread has something else to do first, the two halves of the same are called, which older compilers used:
+
+    GOMP_parallel_start(function, data, threads)   the others begin
+    GOMP_parallel_end()                            waits for them, when this thread has called `function` itself
+
 The number of threads should be the one torch uses: the runtime would otherwise end and start threads at every change.
 """
 
 import ctypes
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +53,18 @@ def find_openmp_runtime(maps: Path = Path("/proc/self/maps")) -> str | None:
     return found[0] if found else None
 
 
+def _halves(library: str) -> tuple[Any, Any] | None:
+    """GOMP_parallel_start and GOMP_parallel_end; None in a runtime without them."""
+    runtime = ctypes.CDLL(library)
+    try:
+        begin, end = runtime.GOMP_parallel_start, runtime.GOMP_parallel_end
+    except AttributeError:
+        return None
+    begin.argtypes, end.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint], []
+    begin.restype = end.restype = None
+    return begin, end
+
+
 class OpenMPTeam(Team):
     """A team on the threads of the OpenMP runtime at `library`.
 
@@ -59,19 +77,33 @@ class OpenMPTeam(Team):
         parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
         parallel.restype = None
         self._parallel = parallel
+        self._halves = _halves(library)
         self._entry: Any = compile_job(_enter, "void(int64)", "openmp")
+        self._enter = ctypes.CFUNCTYPE(None, ctypes.c_int64)(self._entry.address)
         self._data: NDArray[np.uint8] = aligned_bytes(2 * LINE)
         self._words = self._data.view(np.int64)
         self._closed = False
 
-    def launch(self, job: int, args: int) -> None:
+    def launch(self, job: int, args: int, meanwhile: Callable[[], None] | None = None) -> None:
         with self.lock:
             if self._closed:
                 raise RuntimeError("this OpenMPTeam is closed")
             self._words[_JOB // 8] = job
             self._words[_ARGS // 8] = args
             self._words[_TICKET // 8] = 0
-            self._parallel(self._entry.address, self._data.ctypes.data, self.threads, 0)
+            data = self._data.ctypes.data
+            if meanwhile is not None and self._halves is not None:
+                begin, end = self._halves
+                begin(self._entry.address, data, self.threads)
+                try:
+                    meanwhile()
+                finally:
+                    self._enter(data)
+                    end()
+                return
+            if meanwhile is not None:
+                meanwhile()
+            self._parallel(self._entry.address, data, self.threads, 0)
 
     def close(self) -> None:
         """Refuse further jobs. The threads are the runtime's and stay."""

@@ -10,7 +10,7 @@ Memory of a chain, all int64: the number of stages, then for each the address of
 counters the block begins with.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -70,8 +70,11 @@ class Chain:
         self._memory.view(np.int64)[:] = words
         self._args = int(self._memory.ctypes.data)
 
-    def run(self, team: Team) -> None:
-        """Run all stages in one launch. The caller holds whatever guards the blocks; the team's lock is taken here."""
+    def run(self, team: Team, meanwhile: Callable[[], None] | None = None) -> None:
+        """Run all stages in one launch; meanwhile: see `Team.launch`.
+
+        The caller holds whatever guards the blocks; the team's lock is taken here.
+        """
         with team.lock:
             _reset(self._args)
-            team.launch(self._job, self._args)
+            team.launch(self._job, self._args, meanwhile)

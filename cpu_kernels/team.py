@@ -23,6 +23,7 @@ import threading
 import time
 import weakref
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
@@ -39,6 +40,7 @@ from moe_offload.cpu_kernels.atomics import (
     wait_for_count,
     wake_all,
 )
+from moe_offload.cpu_kernels.jit import native
 from moe_offload.cpu_kernels.kernel_cache import compiled
 from moe_offload.cpu_kernels.processors import cores_of_threads, pin_thread
 
@@ -72,18 +74,38 @@ def _work(box: int, thread: int) -> None:
         fetch_add(box + FINISHED, 1)
 
 
-@compiled("void(int64,int64,int64,int64)")
-def _launch(box: int, threads: int, job: int, args: int) -> None:
+@native
+def _post_job(box: int, threads: int, job: int, args: int) -> int:
+    goal = load_acquire(box + FINISHED) + threads - 1
     if threads > 1:
-        goal = load_acquire(box + FINISHED) + threads - 1
         exchange(box + JOB, job)
         exchange(box + ARGS, args)
         fetch_add(box + SEQUENCE, 1)
         if load_acquire(box + SLEEPERS) > 0:
             wake_all(box + SEQUENCE)
+    return goal  # type: ignore[no-any-return]
+
+
+@native
+def _take_part(box: int, job: int, args: int, goal: int) -> None:
     call_job(job, 0, args)
-    if threads > 1:
-        wait_for_count(box + FINISHED, goal)
+    wait_for_count(box + FINISHED, goal)
+
+
+@compiled("void(int64,int64,int64,int64)")
+def _launch(box: int, threads: int, job: int, args: int) -> None:
+    _take_part(box, job, args, _post_job(box, threads, job, args))
+
+
+@compiled("int64(int64,int64,int64,int64)")
+def _begin(box: int, threads: int, job: int, args: int) -> int:
+    """Let the workers begin; what FINISHED will be when they are through."""
+    return _post_job(box, threads, job, args)  # type: ignore[no-any-return]
+
+
+@compiled("void(int64,int64,int64,int64)")
+def _end(box: int, job: int, args: int, goal: int) -> None:
+    _take_part(box, job, args, goal)
 
 
 @compiled("void(int64)")
@@ -99,7 +121,7 @@ def _look(times: int) -> None:
         relax()
 
 
-COMPILED = (_work, _launch, _stop, _look)
+COMPILED = (_work, _launch, _begin, _end, _stop, _look)
 
 
 def _looks_per_spin() -> int:
@@ -139,8 +161,12 @@ class Team(ABC):
         self._scratch = aligned_bytes(0)
 
     @abstractmethod
-    def launch(self, job: int, args: int) -> None:
-        """Run the C function `void(thread, args)` at address `job` on every thread; returns when all have finished."""
+    def launch(self, job: int, args: int, meanwhile: Callable[[], None] | None = None) -> None:
+        """Run the C function `void(thread, args)` at address `job` on every thread; returns when all have finished.
+
+        meanwhile: called by this thread when the others have begun, before it takes part itself. What it raises is
+        raised when all have finished.
+        """
 
     @abstractmethod
     def close(self) -> None:
@@ -183,11 +209,18 @@ class ThreadTeam(Team):
         self._box: int = self._mailbox.ctypes.data
         self._stopper: Any = None
 
-    def launch(self, job: int, args: int) -> None:
+    def launch(self, job: int, args: int, meanwhile: Callable[[], None] | None = None) -> None:
         with self.lock:
             if not self._workers and self.threads > 1:
                 self._start()
-            _launch(self._box, self.threads, job, args)
+            if meanwhile is None:
+                _launch(self._box, self.threads, job, args)
+                return
+            goal = _begin(self._box, self.threads, job, args)
+            try:
+                meanwhile()
+            finally:
+                _end(self._box, job, args, goal)
 
     def _start(self) -> None:
         if self._closed:

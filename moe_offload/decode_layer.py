@@ -111,13 +111,13 @@ class DecodeLayer:
             return self._original(hidden_states, **kwargs)
         b = plan.buffers
         with self.shared.engine.in_flight(), b.lock:
-            keys, values = make_room(cache)
+            room = make_room(cache)
             b.x_tensor.copy_(hidden_states[:, 0])
             b.lengths[:] = position + 1
             b.starts[:] = step.starts
             plan.heads.point(step.cos_address, step.sin_address, step.cos_step)
-            plan.run(keys, values, position)
-            fill_to(cache, keys, values, position + 1)
+            plan.run(room, position)
+            fill_to(cache, room, position + 1)
             if plan.whole:
                 self.count(plan)
                 return b.out_tensor.to(hidden_states.dtype, copy=True)[:, None]

@@ -7,7 +7,7 @@ to the original, layer by layer (decode_layer.py).
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -32,7 +32,7 @@ from moe_offload.decode_layer import (
 )
 from moe_offload.decode_modules import LAYER_CLASSES, WEIGHT_TYPES, Inside, Snapshot, is_transformers, read_norm
 from moe_offload.decode_plan import LayerPlan
-from moe_offload.kv_room import fill_to, make_room
+from moe_offload.kv_room import Room, fill_to, known_room, make_room
 from moe_offload.rotary_table import RotaryTable
 
 # inner models whose forward is: embedding, rotary embedding, one causal mask, the layers, a norm
@@ -52,6 +52,15 @@ class ModelPlan:
         self._stages: list[tuple[Stage, ...]] = []
         self._chain: Chain | None = None
 
+    def totals(self) -> tuple[int, int, int]:
+        """Of the last step: (token, expert) pairs, experts that ran, bytes of their weights."""
+        rows, experts, bytes_read = 0, 0, 0
+        for layer in self.layers:
+            active = layer.active_experts
+            rows, experts = rows + layer.routed_rows, experts + active
+            bytes_read += active * layer.bytes_per_expert
+        return rows, experts, bytes_read
+
     def begin(
         self,
         x: torch.Tensor,
@@ -70,16 +79,16 @@ class ModelPlan:
         for layer in self.layers:
             layer.heads.point(*where)
 
-    def run(self, rooms: Sequence[tuple[torch.Tensor, torch.Tensor]], position: int) -> None:
-        """Run the step; see `LayerPlan.run`. The result, behind the norm, is in buffers.normed."""
-        for plan, (keys, values) in zip(self.layers, rooms, strict=True):
-            plan.place(keys, values, position)
+    def run(self, rooms: Sequence[Room], position: int, meanwhile: Callable[[], None]) -> None:
+        """Run the step; see `LayerPlan.run` and `Team.launch`. The result, behind the norm, is in buffers.normed."""
+        for plan, room in zip(self.layers, rooms, strict=True):
+            plan.place(room, position)
         stages = [plan.stages for plan in self.layers]
         if self._chain is None or stages != self._stages:
             parts = zip(stages, self._hand_overs, strict=True)
             self._chain = Chain([stage for layer, hand_over in parts for stage in (*layer, hand_over.stage)])
             self._stages = stages
-        self._chain.run(self.layers[0].team)
+        self._chain.run(self.layers[0].team, meanwhile)
 
 
 class ModelStep:
@@ -90,6 +99,7 @@ class ModelStep:
         self._table = RotaryTable()
         self._known: tuple[tuple[Any, ...], ModelPlan | None, Snapshot] = ((), None, Snapshot())
         self._looked = True  # since the last call that was no step
+        self._trusted = False  # untouched at the last step: whether it still is can be seen while the next one runs
 
     @cached_property
     def _inside(self) -> Inside:
@@ -123,13 +133,14 @@ class ModelStep:
         batch, count = input_ids.shape
         if count != 1 or batch > MOST_SEQUENCES or any(v is not None and v is not False for v in others.values()):
             return None
-        if not plain_cache(past_key_values) or not self._untouched():
+        if not plain_cache(past_key_values) or len(past_key_values.layers) != len(self.layers):
             return None
-        weight = self.model.embed_tokens.weight
-        caches = past_key_values.layers
-        if weight.dtype not in WEIGHT_TYPES or weight.device.type != "cpu" or len(caches) != len(self.layers):
+        if not self._trusted and not self._untouched():
             return None
-        if not all(is_plain_layer(each, weight.dtype) for each in caches):
+        weight, caches = self.model.embed_tokens.weight, past_key_values.layers
+        if weight.dtype not in WEIGHT_TYPES or weight.device.type != "cpu":
+            return None
+        if not is_plain_layer(caches[0], weight.dtype):
             return None
         position = caches[0].keys.shape[2]
         starts = first_seen(attention_mask, batch, position + 1)
@@ -140,17 +151,42 @@ class ModelStep:
         plan = None if rotary is None else self._plan(batch, weight.dtype, rotary[0].shape[1])
         if rotary is None or plan is None:
             return None
-        if not all(p.takes(c.keys, c.values, position) for p, c in zip(plan.layers, caches, strict=True)):
-            return None
         with self.shared.engine.in_flight(), plan.buffers.lock:
+            rooms = self._rooms(plan, caches, weight.dtype, position)
+            if rooms is None:
+                return None
+            untouched = False
+
+            def meanwhile() -> None:
+                """What the others need not wait for. If the step does not count, nobody sees what it left in rooms."""
+                nonlocal untouched
+                untouched = self._untouched()
+                if untouched:
+                    for each, room in zip(caches, rooms, strict=True):
+                        fill_to(each, room, position + 1)
+
             plan.begin(embedded[:, 0], starts, position + 1, *rotary)
-            rooms = [make_room(each) for each in caches]
-            plan.run(rooms, position)
-            for each, (keys, values) in zip(caches, rooms, strict=True):
-                fill_to(each, keys, values, position + 1)
+            plan.run(rooms, position, meanwhile)
+            self._trusted = untouched
+            if not untouched:
+                return None
             self._count(plan)
             hidden = plan.buffers.normed_tensor.to(weight.dtype, copy=True)[:, None]
         return MoeModelOutputWithPast(last_hidden_state=hidden, past_key_values=past_key_values)
+
+    def _rooms(self, plan: ModelPlan, caches: Sequence[Any], dtype: torch.dtype, position: int) -> list[Room] | None:
+        """Every layer's buffers; None where a layer's cache does not go with the others, or with the plan."""
+        rooms = []
+        for layer, each in zip(plan.layers, caches, strict=True):
+            room = known_room(each)
+            if room is None:
+                if not is_plain_layer(each, dtype) or not layer.takes(each.keys, each.values, position):
+                    return None
+                room = make_room(each)
+            elif room.filled != position or room.dtype != dtype or room.shape != layer.cache_shape:
+                return None
+            rooms.append(room)
+        return rooms
 
     def _untouched(self) -> bool:
         """Whether the model is as it was built, its layers ours, and nobody asked for more than its result."""
@@ -202,12 +238,7 @@ class ModelStep:
 
     def _count(self, plan: ModelPlan) -> None:
         """Add a step's experts to the statistics."""
-        rows, experts, bytes_read = 0, 0, 0
-        for layer, standing in zip(plan.layers, self.layers, strict=True):
-            assert standing.experts is not None
-            active = layer.active_experts
-            rows, experts = rows + layer.routed_rows, experts + active
-            bytes_read += active * standing.experts.bytes_per_expert
+        rows, experts, bytes_read = plan.totals()
         self.shared.engine.count_step(rows, experts, bytes_read, len(plan.layers))
 
 

@@ -33,6 +33,7 @@ from moe_offload.cpu_kernels.stages import Chain, Stage
 from moe_offload.cpu_kernels.team import Team, aligned_bytes
 from moe_offload.cpu_layer import PackedLayer
 from moe_offload.decode_modules import WEIGHT_TYPES, AttentionModules, RouterModule, Snapshot
+from moe_offload.kv_room import Room
 from moe_offload.models.packed_linear import PackedLinear
 
 
@@ -121,16 +122,26 @@ class LayerPlan:
         self._where, self._strides = (0, 0, 0), Strides(0, 0, 0)
         self._chain: Chain | None = None
 
+    @property
+    def cache_shape(self) -> tuple[int, int, int]:
+        """B, Hkv and D of the keys and values that the step reads and extends."""
+        shape = self._attention.shape
+        return self.buffers.tokens, shape.kv_heads, shape.head_size
+
     def takes(self, keys: torch.Tensor, values: torch.Tensor, position: int) -> bool:
         """Whether the step can read and extend this cache [B, Hkv, position, D]."""
-        shape = self._attention.shape
-        wanted = (self.buffers.tokens, shape.kv_heads, position, shape.head_size)
-        return keys.shape == wanted and values.shape == wanted
+        batch, heads, size = self.cache_shape
+        return keys.shape == values.shape == (batch, heads, position, size)
 
     @property
     def whole(self) -> bool:
         """Whether the experts are part of the chain: the result is in buffers.out, else in buffers.after."""
         return self._experts_layer is not None
+
+    @property
+    def bytes_per_expert(self) -> int:
+        """Bytes of one expert's weights; 0 where the experts are not part of the chain."""
+        return 0 if self._experts_layer is None else self._experts_layer.bytes_per_expert
 
     @property
     def active_experts(self) -> int:
@@ -142,29 +153,29 @@ class LayerPlan:
         """(token, expert) pairs of the last step."""
         return int(self._groups.offsets[self.active_experts])
 
-    def run(self, keys: torch.Tensor, values: torch.Tensor, position: int) -> None:
-        """Run the step; the new keys and values go to `position` of the cache buffers [B, Hkv, capacity, D]."""
-        self.place(keys, values, position)
+    def run(self, room: Room, position: int) -> None:
+        """Run the step; the new keys and values go to `position` of the cache's buffers."""
+        self.place(room, position)
         if self._chain is None:
             self._chain = Chain(self.stages)
         self._chain.run(self.team)
 
-    def place(self, keys: torch.Tensor, values: torch.Tensor, position: int) -> None:
+    def place(self, room: Room, position: int) -> None:
         """Prepare `stages` for a step with these cache buffers; see `run`."""
-        where = keys.data_ptr(), values.data_ptr(), keys.shape[2]
-        if where != self._where:
-            self._point(keys, values)
-            self._where = where
-        self.heads.place(*where[:2], self._strides, position)
+        if room.where != self._where:
+            self._point(room)
+            self._where = room.where
+        self.heads.place(room.where[0], room.where[1], self._strides, position)
 
-    def _point(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def _point(self, room: Room) -> None:
         """Let the attention read other buffers than before."""
-        size, (batch, head, place, _) = keys.element_size(), keys.stride()
-        if keys.shape[2] > self._capacity:
-            self._room_for(keys.shape[2])
+        size, (batch, head, place, _) = room.keys.element_size(), room.keys.stride()
+        keys, values, capacity = room.where
+        if capacity > self._capacity:
+            self._room_for(capacity)
         self._strides = strides = Strides(batch * size, head * size, place * size)
         words = self._attention_words
-        words[attention_block.KEYS // 8], words[attention_block.VALUES // 8] = keys.data_ptr(), values.data_ptr()
+        words[attention_block.KEYS // 8], words[attention_block.VALUES // 8] = keys, values
         for first in (attention_block.KEY_BATCH // 8, attention_block.VALUE_BATCH // 8):
             words[first : first + 3] = strides
 

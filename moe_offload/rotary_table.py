@@ -47,8 +47,9 @@ class RotaryTable:
     def rows(
         self, module: Any, positions: NDArray[np.int64], like: torch.Tensor
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
-        """cos and sin [B, D] at positions [B], as the module gives them for tensors like `like`; [1, D] where all are at
-        the same one; None where only the module itself can tell.
+        """cos and sin at positions [B], as the module gives them for tensors like `like`.
+
+        [B, D], or [1, D] where all are at the same position; None where only the module itself can tell.
         """
         if getattr(module, "rope_type", None) not in _FIXED_TYPES:
             return None

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 import moe_offload
+from moe_offload.decode_model import ModelPlan
 from moe_offload.decode_plan import LayerPlan
 from tests import tiny_models
 
@@ -52,18 +53,22 @@ def load_pair(folder: Path, **options: Any) -> Pair:
 
 @contextmanager
 def counted_runs() -> Iterator[list[LayerPlan]]:
-    """The plans that run while this is entered, in order."""
-    original, found = LayerPlan.place, []
+    """The plans whose steps counted while this is entered, in order."""
+    one, all_of_them, found = LayerPlan.run, ModelPlan.totals, []
 
-    def place(self: LayerPlan, *args: Any) -> None:
+    def run(self: LayerPlan, *args: Any) -> None:
         found.append(self)
-        original(self, *args)
+        one(self, *args)
 
-    LayerPlan.place = place  # type: ignore[assignment,method-assign]
+    def totals(self: ModelPlan) -> tuple[int, int, int]:  # asked for once, after a step that is not thrown away
+        found.extend(self.layers)
+        return all_of_them(self)
+
+    LayerPlan.run, ModelPlan.totals = run, totals  # type: ignore[assignment,method-assign]
     try:
         yield found
     finally:
-        LayerPlan.place = original  # type: ignore[method-assign]
+        LayerPlan.run, ModelPlan.totals = one, all_of_them  # type: ignore[method-assign]
 
 
 def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = TOLERANCE) -> bool:

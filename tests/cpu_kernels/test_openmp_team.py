@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,19 @@ import torch
 from numpy.typing import NDArray
 
 from moe_offload.cpu_kernels import Activation, ExpertKernel, ExpertLayout, OpenMPTeam, Team, ThreadTeam
+from moe_offload.cpu_kernels.atomics import fetch_add
 from moe_offload.cpu_kernels.grouping import group_tokens
+from moe_offload.cpu_kernels.kernel_cache import compile_job
 from moe_offload.cpu_kernels.openmp_team import find_openmp_runtime
 
 H, INNER, E, T = 96, 64, 8, 5
+
+
+def _count(thread: int, args: int) -> None:
+    """Word 0 counts calls, word 1 the thread numbers."""
+    fetch_add(args, 1)
+    fetch_add(args + 8, thread)
+
 
 torch.ones(1 << 16).sum()  # whatever torch loads on first use is loaded now
 RUNTIME = find_openmp_runtime()
@@ -62,6 +72,38 @@ def test_between_torch_operations_and_from_several_threads() -> None:
         for thread in threads:
             thread.join()
         assert not wrong
+
+
+@needs_runtime
+@pytest.mark.parametrize("halves", [True, False])
+def test_meanwhile(halves: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a runtime without the two halves, what is to be done meanwhile is done before."""
+    assert RUNTIME is not None
+    words, seen = np.zeros(3, np.int64), []
+    job = compile_job(_count, "void(int64,int64)", "test_openmp_team")
+
+    def meanwhile() -> None:
+        until = time.monotonic() + 10
+        while halves and words[0] < 1 and time.monotonic() < until:
+            time.sleep(0)
+        seen.append(int(words[0]))
+
+    def fail() -> None:
+        raise KeyboardInterrupt
+
+    with OpenMPTeam(2, RUNTIME) as team:
+        if not halves:
+            monkeypatch.setattr(team, "_halves", None)
+        for _ in range(20):
+            words[:] = 0
+            team.launch(job.address, words.ctypes.data, meanwhile)
+            assert words.tolist() == [2, 1, 0]
+        with pytest.raises(KeyboardInterrupt):
+            team.launch(job.address, words.ctypes.data, fail)
+        team.launch(job.address, words.ctypes.data)
+        assert words[0] == (6 if halves else 4)
+        torch.ones(1 << 16).sum()
+    assert seen == 20 * [int(halves)]
 
 
 @needs_runtime

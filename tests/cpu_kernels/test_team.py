@@ -42,6 +42,32 @@ def test_every_thread_runs_every_job_once(job: int, threads: int) -> None:
     assert words.tolist() == [300 * threads, 300 * sum(range(threads)), 300]
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_others_begin_meanwhile(job: int, threads: int) -> None:
+    words, seen = np.zeros(3, np.int64), []
+
+    def meanwhile() -> None:
+        until = time.monotonic() + 10
+        while words[0] < threads - 1 and time.monotonic() < until:  # all but this thread
+            time.sleep(0)
+        seen.append(int(words[0]))
+
+    def fail() -> None:
+        raise KeyboardInterrupt
+
+    with ThreadTeam(threads) as team:
+        for _ in range(50):
+            words[:] = 0
+            team.launch(job, words.ctypes.data, meanwhile)
+            assert words.tolist() == [threads, sum(range(threads)), 1]
+        with pytest.raises(KeyboardInterrupt):
+            team.launch(job, words.ctypes.data, fail)
+        assert words[0] == 2 * threads
+        team.launch(job, words.ctypes.data)
+        assert words[0] == 3 * threads
+    assert seen == 50 * [threads - 1]
+
+
 def test_wakes_from_sleep(job: int) -> None:
     words = np.zeros(3, np.int64)
     with ThreadTeam(3) as team:
