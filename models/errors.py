@@ -4,7 +4,7 @@
     ├── CheckpointError         the files are missing, damaged or do not fit the architecture
     ├── UnsupportedModelError   the architecture or its weight format is not one we run
     ├── OptionError             an option's value is out of its bounds
-    ├── PackError               converted experts cannot be kept on disk
+    ├── PackError               converted weights cannot be kept on disk
     └── NotEnoughMemoryError    what must be in memory does not fit
 
 Every message says what was wrong, with the value and the bound, and what to do. The command line prints the message
@@ -29,7 +29,7 @@ class OptionError(MoeOffloadError):
 
 
 class PackError(MoeOffloadError):
-    """Converted experts cannot be kept where they should be: the disk is full, or not writable."""
+    """Converted weights cannot be kept where they should be: the disk is full, or not writable."""
 
 
 class NotEnoughMemoryError(MoeOffloadError):

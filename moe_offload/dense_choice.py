@@ -5,6 +5,7 @@ towers for images and sound.
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import ceil, log2
 
@@ -15,8 +16,8 @@ from transformers import PreTrainedModel
 from moe_offload.cpu_kernels.packed_layout import WIDTH
 from moe_offload.models.checkpoint import Checkpoint
 from moe_offload.models.compat import KeyResolver
+from moe_offload.models.expert_weights import ExpertWeights
 from moe_offload.models.safetensors_header import TensorRecord
-from moe_offload.models.skeleton import Skeleton
 from moe_offload.models.spec import MoeSpec
 
 SMALLEST = WIDTH  # linears with fewer inputs or outputs are not worth a block
@@ -27,18 +28,17 @@ _READ_AS_TENSORS = ("dt_proj",)  # Mamba multiplies with the weight itself, at e
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a linear's weight comes from: a tensor of the checkpoint, or the parameter that it is tied to.
+    """Where a linear's weight comes from: a tensor of the checkpoint, which is that of the parameter it is tied to.
 
     `scales` are those of FP8 in blocks.
     """
 
-    record: TensorRecord | None
+    record: TensorRecord
     scales: TensorRecord | None = None
     tied_to: str = ""
 
     def rows(self, checkpoint: Checkpoint, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
         """Rows first to last as a plain load gives them; a view of the file where that is what is stored."""
-        assert self.record is not None
         stored = checkpoint.view(self.record)
         if self.scales is None:
             return stored[first:last].to(dtype)
@@ -81,7 +81,8 @@ def _is_plain(linear: nn.Linear, dtype: torch.dtype) -> bool:
     """
     hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks)
     weight = linear.weight
-    return weight.device.type == "cpu" and weight.dtype == dtype and not any(hooks) and not hasattr(linear, "_hf_hook")
+    here = weight.device.type in ("cpu", "meta")  # on meta: nothing was loaded, what is stored is to be converted
+    return here and weight.dtype == dtype and not any(hooks) and not hasattr(linear, "_hf_hook")
 
 
 def _ancestors(path: str) -> list[str]:
@@ -95,28 +96,33 @@ def _outermost_list(path: str, modules: dict[str, nn.Module]) -> str:
     return next((above for above in _ancestors(path) if isinstance(modules[above], nn.ModuleList)), "")
 
 
-def find_sources(model: PreTrainedModel, skeleton: Skeleton, linears: dict[str, nn.Linear]) -> dict[str, Source]:
+def find_sources(
+    model: PreTrainedModel, checkpoint: Checkpoint, experts: Iterable[ExpertWeights], linears: dict[str, nn.Linear]
+) -> dict[str, Source]:
     """Where the weights of the linears come from; without those where that cannot be told."""
     own = {f"{path}.weight" for path in linears}
     tied = {
         id(parameter): name for name, parameter in model.named_parameters(remove_duplicate=False) if name not in own
     }
-    experts = set().union(*(weights.keys for weights in skeleton.weights.values()))
+    expert_keys = set().union(*(weights.keys for weights in experts))
     resolve = KeyResolver(model)
     records: dict[str, TensorRecord] = {}
-    for key, record in skeleton.checkpoint.records.items():
-        if key not in experts:
+    for key, record in checkpoint.records.items():
+        if key not in expert_keys:
             resolved = resolve(key)
             if not resolved.operations:
                 records[resolved.target] = record
     sources = {}
     shared: set[int] = set()
     for path, linear in linears.items():
-        stored = records.get(f"{path}.weight")
-        if id(linear.weight) in tied:
-            sources[path] = Source(None, tied_to=tied[id(linear.weight)])
-        elif stored is not None and stored.shape == tuple(linear.weight.shape) and id(linear.weight) not in shared:
-            scales = skeleton.checkpoint.records.get(f"{stored.name}_scale_inv") if stored.dtype == "F8_E4M3" else None
+        tied_to = tied.get(id(linear.weight), "")
+        stored = records.get(tied_to) or records.get(f"{path}.weight")
+        if stored is None or stored.shape != tuple(linear.weight.shape):
+            continue
+        if tied_to:
+            sources[path] = Source(stored, tied_to=tied_to)
+        elif id(linear.weight) not in shared:
+            scales = checkpoint.records.get(f"{stored.name}_scale_inv") if stored.dtype == "F8_E4M3" else None
             sources[path] = Source(stored, scales)
             shared.add(id(linear.weight))
     return sources

@@ -82,10 +82,7 @@ class Engine:
         self._dense = None
         wanted = options.dense_format(pack is not None)
         if wanted == "int8" or wanted == "int4":
-            self._dense = pack_dense(
-                model, skeleton, wanted, options.activations, self.threads, self.multiply, progress
-            )
-
+            self._dense = pack_dense(model, skeleton, wanted, options, self.multiply, progress)
         self._fused = decode_model.attach(self, model, self._layers) if options.fused_decode else []
 
     @property

@@ -32,7 +32,8 @@ class Options:
     activations: precision of activations in products with packed weights; see `PackedExpertKernel`.
     pack_dir: folder for packs; None takes a folder in the user's cache.
     dense: format of the linears outside of the experts (attention, shared experts, dense layers, output head). "int8"
-        and "int4" convert them at every load; "auto" takes "int8" with experts from a pack, else leaves them as stored.
+        and "int4" convert them once, into a pack of their own; "auto" takes "int8" with experts from a pack, else
+        leaves them as stored.
     fused_decode: run a decode step's layers in one launch each where the architecture is known (decode_modules.py);
         False leaves every layer to transformers' modules.
 

@@ -5,7 +5,8 @@
                                     .lock        held (flock) by the process that makes the pack
                                     .partial     unfinished, with its .journal: see transfer/pack_writer.py
 
-A pack that is damaged or of another version costs a conversion, never the load.
+The linears outside of the experts have packs of their own, MODEL-dense-int8-... A pack that is damaged or of another
+version costs a conversion, never the load.
 """
 
 import errno
@@ -53,13 +54,15 @@ def pack_path(folder: Path, model_type: str, weights: str, plan: PackPlan) -> Pa
 class PackCache:
     """The place of one pack.
 
-    threads: how many check it. progress: called with (what, bytes done, bytes in all).
+    threads: how many check it. progress: called with (what, bytes done, bytes in all). holds: what is in it, for those
+    who read of it.
     """
 
     path: Path
     plan: PackPlan
     threads: int = 1
     progress: Progress | None = None
+    holds: str = "experts"
 
     def open(self, convert: Convert, *, trust: bool = True) -> ExpertPack:
         """The pack, made by `convert` if it is not there or cannot be used.
@@ -101,7 +104,7 @@ class PackCache:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except UnusablePackError as error:
-            logger.warning("%s %s: the experts are converted again", self.path, error)
+            logger.warning("%s %s: the %s are converted again", self.path, error, self.holds)
             return None
         if trust and self._stamped():
             return pack
@@ -114,7 +117,7 @@ class PackCache:
         if damaged is None:
             self._write_stamp(stamp)
             return pack
-        logger.warning("%s is damaged at %s: the experts are converted again", self.path, damaged)
+        logger.warning("%s is damaged at %s: the %s are converted again", self.path, damaged, self.holds)
         pack.close()
         return None
 
@@ -126,7 +129,7 @@ class PackCache:
             if writer.missing_bytes > free:
                 raise self._too_small(writer.missing_bytes, free)
             started = time.perf_counter()
-            convert(writer, self._report("converting experts"))
+            convert(writer, self._report(f"converting {self.holds}"))
             writer.finish()
         seconds = time.perf_counter() - started
         logger.info("wrote %s, %s, in %.1f s", self.path, format_bytes(self.plan.size), seconds)
@@ -143,11 +146,11 @@ class PackCache:
             waiting = False
             while not _try_lock(descriptor):
                 if not waiting:
-                    logger.warning("another process is converting these experts: waiting for its %s", self.path)
+                    logger.warning("another process is converting these %s: waiting for its %s", self.holds, self.path)
                 waiting = True
                 if self.progress is not None:
                     done = _size(partial_path(self.path))
-                    self.progress("waiting for another process to convert the experts", done, self.plan.size)
+                    self.progress(f"waiting for another process to convert the {self.holds}", done, self.plan.size)
                 time.sleep(_POLL)
             yield
         finally:
@@ -180,13 +183,13 @@ class PackCache:
             missing = max(self.plan.size - _size(partial_path(self.path)), 0)
             return self._too_small(missing, shutil.disk_usage(folder).free)
         return PackError(
-            f"the converted experts ({format_bytes(self.plan.size)}) cannot be kept in {folder}: "
+            f"the converted {self.holds} ({format_bytes(self.plan.size)}) cannot be kept in {folder}: "
             f"{error.strerror or error}; give a folder that can be written to (pack_dir, --pack-dir)"
         )
 
     def _too_small(self, missing: int, free: int) -> PackError:
         return PackError(
-            f"{self.path.parent} is full: the converted experts still need {format_bytes(missing)} there, and "
+            f"{self.path.parent} is full: the converted {self.holds} still need {format_bytes(missing)} there, and "
             f"{format_bytes(free)} are free. Make room and load again, which goes on where this stopped, or give "
             "another folder (pack_dir, --pack-dir)"
         )
@@ -200,7 +203,7 @@ def _try_lock(descriptor: int) -> bool:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        logger.info("this file system has no locks (%s): two processes could convert the same experts", error)
+        logger.info("this file system has no locks (%s): two processes could make the same pack", error)
     return True
 
 

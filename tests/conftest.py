@@ -1,6 +1,6 @@
 """Shared fixtures: tiny checkpoints on disk, made once a session."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,15 @@ def quiet_transformers() -> None:
     """Progress bars and load reports of hundreds of tiny models hide what a failing test prints."""
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def packs_of_this_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Where no folder is given, packs go into one that is gone afterwards."""
+    folder = tmp_path_factory.mktemp("packs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moe_offload.packs.default_folder", lambda: folder)
+        yield
 
 
 @pytest.fixture(scope="session")

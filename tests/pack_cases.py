@@ -30,13 +30,19 @@ def off(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def files(folder: Path) -> set[str]:
-    """Kinds of files in a folder with one pack: "pack", "lock", ..."""
+    """Kinds of files in a folder of packs: "pack", "lock", ..."""
     return {path.name.rpartition(".")[2] for path in folder.iterdir()}
 
 
 def pack_in(folder: Path) -> Path:
-    (path,) = folder.glob("*.pack")
+    """The experts' pack."""
+    (path,) = set(folder.glob("*.pack")) - set(dense_packs_in(folder))
     return path
+
+
+def dense_packs_in(folder: Path) -> list[Path]:
+    """The linears' packs, by name."""
+    return sorted(folder.glob("*-dense-*.pack"))
 
 
 def unpacked(pack: ExpertPack, path: str, expert: int) -> list[np.ndarray]:

@@ -3,18 +3,20 @@
 import copy
 import io
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
 import moe_offload
-from moe_offload import dense, dense_choice
+from moe_offload import dense_choice, dense_conversion
 from moe_offload.models.packed_linear import PackedLinear
 from tests import tiny_models
 from tests.conftest import Checkpoints
@@ -199,8 +201,8 @@ def test_interface_of_a_linear(checkpoint: Checkpoints) -> None:
         linear(x)
 
 
-def test_thread_count_does_not_change_a_bit(folder: Path) -> None:
-    outputs = [logits(moe_offload.load(folder, dense="int8", threads=n)) for n in (1, 2, 3)]
+def test_thread_count_does_not_change_a_bit(folder: Path, tmp_path: Path) -> None:
+    outputs = [logits(moe_offload.load(folder, dense="int8", threads=n, pack_dir=tmp_path / str(n))) for n in (1, 2, 3)]
     assert all(torch.equal(outputs[0], other) for other in outputs[1:])
 
 
@@ -216,7 +218,7 @@ def test_the_stored_parameters_are_gone(folder: Path) -> None:
 
 
 def test_what_cannot_be_brought_back_stays(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A weight that the checkpoint does not hold as it is, and one that somebody hooked."""
     found = dense_choice.dense_linears
@@ -224,23 +226,36 @@ def test_what_cannot_be_brought_back_stays(
     def tampered(model: PreTrainedModel, spec: Any) -> dict[str, nn.Linear]:
         with torch.no_grad():
             model.model.layers[0].self_attn.q_proj.weight[3, 5] += 1
+            model.model.layers[1].self_attn.q_proj.weight *= 2
         model.model.layers[0].self_attn.o_proj.register_forward_hook(lambda *_: None)
         return found(model, spec)
 
-    monkeypatch.setattr(dense, "dense_linears", tampered)
-    ours = moe_offload.load(folder, dense="int8")
+    monkeypatch.setattr(dense_conversion, "dense_linears", tampered)
+    ours = moe_offload.load(folder, dense="int8", pack_dir=tmp_path)
     names = packed_linears(ours).keys()
-    layer = "model.layers.0.self_attn"
-    assert not {f"{layer}.q_proj", f"{layer}.o_proj"} & names
-    assert {f"{layer}.k_proj", "model.layers.1.self_attn.q_proj"} <= names
-    assert f"1 linears stay as they are stored, such as {layer}.q_proj: it is not what the checkpoint" in caplog.text
+    layer, next_ = "model.layers.0.self_attn", "model.layers.1.self_attn"
+    assert not {f"{layer}.q_proj", f"{layer}.o_proj", f"{next_}.q_proj"} & names
+    assert {f"{layer}.k_proj", f"{next_}.k_proj"} <= names
+    said = f"2 linears stay as they are stored, such as {layer}.q_proj: they are not what the checkpoint holds"
+    assert said in caplog.text
+
+    # the pack is the checkpoint's, whoever made it; from now on a row is compared
+    caplog.clear()
+    assert f"{next_}.q_proj" not in packed_linears(moe_offload.load(folder, dense="int8", pack_dir=tmp_path))
+    assert f"1 linears stay as they are stored, such as {next_}.q_proj" in caplog.text
 
 
-def test_progress_is_told_when_it_takes_long(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[tuple[str, int, int]] = []
-    moe_offload.load(folder, dense="int8", progress=lambda *what: told.append(what))
-    assert not any(what == "converting linears" for what, _, _ in told)
-    monkeypatch.setattr(dense, "_QUIET", 0)
-    moe_offload.load(folder, dense="int8", progress=lambda *what: told.append(what))
-    steps = [(done, total) for what, done, total in told if what == "converting linears"]
-    assert steps == sorted(steps) and steps[-1][0] == steps[-1][1]
+def test_weights_that_no_integer_stands_for(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """They stay as they are stored, whether the pack was there or not."""
+    damaged = tmp_path / "model"
+    shutil.copytree(folder, damaged)
+    name = "model.layers.1.self_attn.v_proj"
+    (shard,) = (path for path in damaged.glob("*.safetensors") if f"{name}.weight" in load_file(path))
+    tensors = load_file(shard)
+    tensors[f"{name}.weight"][30, 3] = torch.inf
+    save_file(tensors, shard, metadata={"format": "pt"})
+    for packs in ("packs", "packs", "model/config.json/packs"):
+        caplog.clear()
+        linears = packed_linears(moe_offload.load(damaged, dense="int4", pack_dir=tmp_path / packs))
+        assert name not in linears and "model.layers.1.self_attn.k_proj" in linears
+        assert f"such as {name}: their weights cannot be int4" in caplog.text

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import moe_offload
-from moe_offload import conversion
+from moe_offload import conversion, pack_cache
 from moe_offload.convert_model import read_experts
 from moe_offload.cpu_kernels import packed_experts
 from moe_offload.options import Activations, Options
@@ -211,6 +211,7 @@ def test_packs_are_in_the_users_cache_unless_told_otherwise(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("platformdirs.user_cache_dir", lambda name: str(tmp_path / name))
+    monkeypatch.setattr("moe_offload.packs.default_folder", pack_cache.default_folder)
     model = load(folder, weights="int8")
     assert model.offload.pack.parent == tmp_path / "moe-offload" / "packs"
 
