@@ -101,7 +101,7 @@ PackDir = Annotated[
     Path | None,
     typer.Option(
         metavar="FOLDER",
-        help="Where converted experts are kept, instead of the user's cache folder.",
+        help="Where converted weights are kept, instead of the user's cache folder.",
         rich_help_panel=_RUNNING,
     ),
 ]

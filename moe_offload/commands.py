@@ -123,16 +123,16 @@ def chat(
 
 
 @app.command(
-    help="Convert a model's experts to fewer bits, once, into a file that later runs map.\n\n"
-    "generate and chat do it by themselves when they need to; they find the file by what the model holds. "
-    "What was interrupted goes on where it stopped. Prints the file's name."
+    help="Convert a model's experts and other linears to fewer bits, once, into files that later runs map.\n\n"
+    "generate and chat do it by themselves when they need to; they find the files by what the model holds. "
+    "What was interrupted goes on where it stopped. Prints the files' names: the experts', then the others' (int8)."
 )
 def convert(
     model: cli_options.Model,
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", "--pack-dir", metavar="FOLDER", help="Where to put it, instead of the cache folder."
+            "--output", "-o", "--pack-dir", metavar="FOLDER", help="Where to put them, instead of the cache folder."
         ),
     ] = None,
     weights: cli_options.Weights = "auto",

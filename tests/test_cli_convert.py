@@ -11,7 +11,7 @@ import pytest
 from moe_offload.cli import main
 from moe_offload.progress import _pace
 from tests import cli_model
-from tests.pack_cases import SIZES, files, pack_in
+from tests.pack_cases import SIZES, dense_packs_in, files, pack_in
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -35,12 +35,15 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 def test_convert_then_generate(run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     packs = tmp_path / "new" / "packs"
     code, out, err = run("convert", folder, "-o", packs, "--weights", "int4")
-    assert code == 0 and out == f"{pack_in(packs)}\n"
-    assert re.search(r"int4, \d.* MB from \d.* in \d.* s \(.* GB/s\), checked", err)
+    (dense,) = dense_packs_in(packs)
+    assert code == 0 and out == f"{pack_in(packs)}\n{dense}\n"
+    figures = r"\d.* [KM]B from \d.* in \d.* s \(.* GB/s\), checked\n"
+    assert re.fullmatch(rf"int4, {figures}other linears: int8, {figures}", err)
 
     monkeypatch.setattr("moe_offload.packs.convert", None)  # nothing is converted from here on
+    monkeypatch.setattr("moe_offload.dense_pack.convert_linears", None)
     code, out, err = run("convert", folder, "-o", packs, "--weights", "int4")
-    assert code == 0 and "was there already; checked" in err
+    assert code == 0 and err.count("was there already; checked") == 2
     code, out, _ = run(
         "generate", folder, "-p", "hi", "--weights", "int4", "--pack-dir", packs, "--activations", "f32",
         "--max-new-tokens", 2, "--json",
@@ -56,6 +59,10 @@ def test_json(run: Run, folder: Path, tmp_path: Path) -> None:
     assert code == 0 and err == ""
     assert said["pack"] == str(path) and said["bytes"] == path.stat().st_size
     assert (said["weights"], said["stored_as"], said["was_there"]) == ("int8", "f32", False)
+    (dense,) = dense_packs_in(tmp_path)
+    assert said["dense"] == said["dense"] | {
+        "pack": str(dense), "weights": "int8", "bytes": dense.stat().st_size, "was_there": False,
+    }  # fmt: skip
 
 
 def test_info_says_what_is_there(run: Run, folder: Path, tmp_path: Path) -> None:

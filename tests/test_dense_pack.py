@@ -18,10 +18,13 @@ from transformers import PreTrainedModel
 
 import moe_offload
 from moe_offload import dense_conversion
+from moe_offload.convert_model import read_stored
 from moe_offload.cpu_kernels import packing
+from moe_offload.dense_pack import find_dense_pack, make_dense_pack
 from moe_offload.models.packed_linear import PackedLinear
+from moe_offload.options import Options
 from tests.conftest import Checkpoints
-from tests.models.test_prequantised import fp8_checkpoint
+from tests.models.test_prequantised import fp8_checkpoint, mxfp4_checkpoint
 from tests.pack_cases import dense_packs_in, files, logits, pack_in
 
 ROOT = Path(__file__).parents[1]
@@ -232,3 +235,21 @@ def test_a_zero_matrix_is_held(folder: Path, tmp_path: Path) -> None:
         linears = [module for module in model.modules() if isinstance(module, PackedLinear)]
         assert len(linears) >= 7 and all(dense_conversion.is_held(each.packed.memory) for each in linears)
         assert not (model.lm_head.weight + 0).any()
+
+
+@pytest.mark.parametrize("arch", ["qwen3_moe", "qwen2_moe", "gpt_oss", "deepseek_v3", "longcat_flash", "fp8", "mxfp4"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_convert_finds_the_linears_that_load_does(
+    arch: str, tied: bool, checkpoint: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the model being loaded: the same linears, so that its pack is the one that is looked for."""
+    if arch in ("fp8", "mxfp4"):
+        folder = (fp8_checkpoint if arch == "fp8" else mxfp4_checkpoint)(tmp_path / "model")
+    else:
+        folder = checkpoint(arch, torch.bfloat16, tie_word_embeddings=tied, **SIZES)
+    _, stored = read_stored(folder)
+    options = Options(pack_dir=tmp_path / "packs")
+    make_dense_pack(find_dense_pack(stored, "int4", options), stored).close()
+    monkeypatch.setattr("moe_offload.dense_pack.convert_linears", None)
+    model = load(folder, tmp_path / "packs", "int4")
+    assert len(stored.linears) == sum(isinstance(module, PackedLinear) for module in model.modules())
