@@ -26,6 +26,7 @@ from moe_offload.options import Options
 from tests.conftest import Checkpoints
 from tests.models.test_prequantised import fp8_checkpoint, mxfp4_checkpoint
 from tests.pack_cases import dense_packs_in, files, logits, pack_in
+from tests.pack_files import read_only
 
 ROOT = Path(__file__).parents[1]
 SIZES: dict[str, Any] = dict(hidden_size=64, intermediate_size=96)
@@ -182,14 +183,7 @@ def test_a_read_only_folder_with_the_pack_in_it(
 ) -> None:
     load(folder, tmp_path)
     packed.clear()
-    real = os.open
-
-    def read_only(path: Any, flags: int, *rest: Any) -> int:
-        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
-            raise OSError(30, "Read-only file system")
-        return real(path, flags, *rest)
-
-    monkeypatch.setattr(os, "open", read_only)
+    monkeypatch.setattr(os, "open", read_only(os.open))
     load(folder, tmp_path)
     assert not packed
 

@@ -34,12 +34,12 @@ def report(what, done, total):
 make_pack(find_pack(experts, "int8", Options(threads=2, pack_dir=packs), report), experts)
 """
 
-# Makes the pack of another module's tests, slowly, and prints how many sections this process has written.
+# Makes a pack without a model, slowly, and prints how many sections this process has written.
 BOTH = """
 import sys, time
 from pathlib import Path
 from moe_offload.pack_cache import PackCache
-from tests.test_packs_on_disk import PLAN, Conversion, check
+from tests.pack_files import PLAN, Conversion, check
 conversion = Conversion()
 def slowly(writer, report):
     time.sleep(1)
