@@ -55,6 +55,14 @@ SHAPES = {
         "model.layers.{layer}.block_sparse_moe.experts.{expert}", ("w1", "w3", "w2"),
         ((".mlp.gate.", ".block_sparse_moe.gate."),),
     ),
+    # Qwen3-30B-A3B's attention around few, small experts: every kernel of the real model, hardly any weights.
+    "thin": Shape(
+        Qwen3MoeConfig,
+        dict(
+            hidden_size=512, moe_intermediate_size=256, num_experts=16, num_experts_per_tok=8,
+            num_attention_heads=32, num_key_value_heads=4, head_dim=128, **_QWEN3,
+        ),
+    ),
     # Small enough for a smoke run.
     "small": Shape(
         Qwen3MoeConfig,

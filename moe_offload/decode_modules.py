@@ -3,6 +3,7 @@
 Only classes that are known are taken: transformers names things alike in architectures that compute differently.
 """
 
+import importlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter, is_, methodcaller
@@ -32,6 +33,8 @@ ROUTERS: dict[str, Routing] = {
 }
 WEIGHT_TYPES: dict[torch.dtype, WeightType] = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 _VERSION = attrgetter("_version")
+_RECORDERS = "transformers.utils.output_capturing"
+_collector: Any = getattr(importlib.import_module(_RECORDERS), "_active_collector", None)  # of the thread's call
 
 
 class Snapshot:
@@ -136,11 +139,22 @@ class Inside:
     def untouched(self) -> bool:
         """Whether all hang where they hung, without hooks and functions of their own, and none is in training."""
         return (
-            not any(self._hooks)
+            not (any(self._hooks) and self._watched())
             and not any(map(_TRAINS, self._modules))
             and all(map(is_, map(_FORWARD, self._dicts), self._forwards))
             and all(map(is_, map(dict.get, self._parents, self._names), self._modules))
         )
+
+    def _watched(self) -> bool:
+        """Whether a hook wants to see something.
+
+        Once hidden states or attentions were asked for, transformers leaves its recorders on the modules for good; they
+        look at nothing as long as nothing is collected.
+        """
+        if _collector is None or _collector.get():
+            return True
+        found = (hook for hooks in self._hooks for hook in hooks.values())
+        return not all(getattr(hook, "__module__", None) == _RECORDERS for hook in found)
 
 
 @dataclass(frozen=True, slots=True)

@@ -189,6 +189,23 @@ def test_reports_that_were_asked_for(way: str, pair: Pair) -> None:
         assert close(a, b)
 
 
+def test_recorders_that_transformers_leaves_behind(pair: Pair) -> None:
+    """They hang on the modules from the first call that reports hidden states on."""
+    made, token = caches(pair), torch.full((2, 1), 5)
+    for asked in (True, False, True, False):
+        with torch.no_grad(), counted_launches() as chains:
+            ours, theirs = (
+                model(token, past_key_values=cache, output_hidden_states=asked)
+                for model, cache in zip(pair, made, strict=True)
+            )
+        assert close(ours.logits, theirs.logits)
+        if asked:
+            assert all(close(a, b) for a, b in zip(ours.hidden_states, theirs.hidden_states, strict=True))
+        else:
+            assert len(chains) == 1 and any(module._forward_hooks for module in pair.fused.model.layers)
+    check_caches(*made)
+
+
 def test_a_configuration_that_asks_for_reports(pair: Pair) -> None:
     made = caches(pair)
     for model in pair:
