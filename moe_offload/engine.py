@@ -217,7 +217,7 @@ class Engine:
     def close(self) -> None:
         """Stop the threads and unmap checkpoint and pack, once calls in flight are through. Harmless when done twice.
 
-        The model cannot run its experts afterwards.
+        The model cannot run its experts afterwards. Packed linears stay mapped as long as something holds one of them.
         """
         with self._gate:
             if self._closed:
