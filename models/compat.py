@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -28,6 +29,7 @@ from transformers.integrations.moe import (
 __all__ = [
     "KeyResolver",
     "ResolvedKey",
+    "cast_as_built",
     "experts_implementations",
     "grouped_mm_experts_forward",
     "ignore_unexpected_keys",
@@ -127,3 +129,16 @@ def ignore_unexpected_keys(model: PreTrainedModel, modules: Sequence[str]) -> Ca
             model.__dict__.pop("_keys_to_ignore_on_load_unexpected", None)
 
     return undo
+
+
+def cast_as_built(model: PreTrainedModel, built: Mapping[str, torch.dtype]) -> None:
+    """Bring parameters to the dtypes they were built in, by name.
+
+    Beside a quantizer 5.14 leaves a tensor whose key was renamed in the checkpoint's dtype (a Mixtral router, for one).
+    What the model keeps in f32 stays.
+    """
+    kept = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
+    for name, parameter in model.named_parameters():
+        dtype = built.get(name, parameter.dtype)
+        if dtype != parameter.dtype and parameter.is_floating_point() and not any(part in name for part in kept):
+            parameter.data = parameter.data.to(dtype)

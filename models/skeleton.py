@@ -112,6 +112,7 @@ class SkeletonQuantizer(HfQuantizer):  # type: ignore[misc]
         if inner is not None:
             self.inner = inner_quantizer(inner)
         self.skeleton: Skeleton | None = None
+        self._built: dict[str, torch.dtype] = {}
 
     @abstractmethod
     def check(self, model: PreTrainedModel, skeleton: Skeleton) -> None:
@@ -147,7 +148,9 @@ class SkeletonQuantizer(HfQuantizer):  # type: ignore[misc]
         undo.append(compat.ignore_unexpected_keys(model, list(parameters)))
         self.skeleton = Skeleton(spec, checkpoint, weights, parameters, tuple(undo))
         self.check(model, self.skeleton)
-        if self.inner is not None:
+        if self.inner is None:
+            self._built = {name: parameter.dtype for name, parameter in model.named_parameters()}
+        else:
             hidden = {path: model.get_submodule(path) for path in parameters}
             for path in hidden:
                 model.set_submodule(path, nn.Identity())
@@ -159,6 +162,7 @@ class SkeletonQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.inner is not None:
             self.inner._process_model_after_weight_loading(model, **kwargs)
+        compat.cast_as_built(model, self._built)
         assert self.skeleton is not None
         model.set_experts_implementation(NAME)
         self.attach(model, self.skeleton, model.dtype)

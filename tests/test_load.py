@@ -36,6 +36,16 @@ def test_from_pretrained_is_the_same(folder: Path) -> None:
     assert torch.equal(logits(ours), logits(same))
 
 
+@pytest.mark.parametrize("family", ["mixtral", "phimoe"])
+def test_in_another_type_than_it_was_saved_in(family: str, checkpoint: Checkpoints) -> None:
+    """Routers are among the tensors whose names differ in the checkpoint."""
+    model = moe_offload.load(checkpoint(family), dtype=torch.bfloat16)
+    plain = AutoModelForCausalLM.from_pretrained(checkpoint(family), dtype=torch.bfloat16)
+    dtypes = {name: parameter.dtype for name, parameter in plain.named_parameters()}
+    assert {dtypes[name] for name, parameter in model.named_parameters() if dtypes[name] != parameter.dtype} == set()
+    assert logits(model).dtype == torch.bfloat16
+
+
 def test_thread_count_does_not_change_a_bit(folder: Path) -> None:
     outputs = [logits(moe_offload.load(folder, threads=n)) for n in (1, 2, 3)]
     assert all(torch.equal(outputs[0], other) for other in outputs[1:])
