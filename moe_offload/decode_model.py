@@ -15,11 +15,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from moe_offload.cpu_kernels.hand_over import HandOver
 from moe_offload.cpu_kernels.matrices import Norm
 from moe_offload.cpu_kernels.stages import Chain, Stage
+from moe_offload.decode_head import DecodeHead
 from moe_offload.decode_layer import (
     ATTENTIONS,
     MOST_SEQUENCES,
@@ -258,9 +260,10 @@ def first_seen(mask: Any, batch: int, length: int) -> NDArray[np.int64] | None:
     return first
 
 
-def attach(engine: Any, model: nn.Module, experts: Mapping[str, Any]) -> list[nn.Module]:
-    """Let the decode step run the decoder layers it knows, and models of nothing but those; the modules it took.
+def attach(engine: Any, model: PreTrainedModel, experts: Mapping[str, Any]) -> list[nn.Module]:
+    """Let the decode step run the decoder layers it knows, models of nothing but those, and their output head.
 
+    Returns the modules it took.
     experts: by the path of their module.
     """
     shared = DecodeModel(engine)
@@ -281,11 +284,15 @@ def attach(engine: Any, model: nn.Module, experts: Mapping[str, Any]) -> list[nn
             if standing and one_config and in_order and all(each.experts is not None for each in standing):
                 module.__dict__["forward"] = ModelStep(shared, module, standing)
                 found.append(module)
+    head = model.get_output_embeddings()
+    if found and type(head) is nn.Linear and "forward" not in head.__dict__:
+        head.__dict__["forward"] = DecodeHead(engine, head)
+        found.append(head)
     return found
 
 
 def detach(modules: list[nn.Module]) -> None:
     """Inverse of `attach`."""
     for module in modules:
-        if isinstance(module.__dict__.get("forward"), DecodeLayer | ModelStep):
+        if isinstance(module.__dict__.get("forward"), DecodeLayer | ModelStep | DecodeHead):
             del module.__dict__["forward"]
