@@ -1,29 +1,81 @@
-"""The argument block of a layer's job: what the launcher writes and every thread reads.
+"""The argument block of a layer of experts as stored: what all experts have (experts_block.py), and then this."""
 
-Offsets in bytes. The counters that threads race for lie on cache lines of their own.
-"""
-
-LINE = 64
-
-# counters
-NEXT_FIRST, DONE_FIRST, NEXT_SECOND = 0, LINE, 2 * LINE
+from moe_offload.cpu_kernels.experts_block import (
+    ACTIVE as ACTIVE,
+)
+from moe_offload.cpu_kernels.experts_block import (
+    COUNTERS as COUNTERS,
+)
+from moe_offload.cpu_kernels.experts_block import (
+    DONE_FIRST as DONE_FIRST,
+)
+from moe_offload.cpu_kernels.experts_block import (
+    DONE_ROWS as DONE_ROWS,
+)
+from moe_offload.cpu_kernels.experts_block import (
+    DONE_SECOND as DONE_SECOND,
+)
+from moe_offload.cpu_kernels.experts_block import (
+    END as END,
+)
+from moe_offload.cpu_kernels.experts_block import (
+    EXPERTS as EXPERTS,
+)
+from moe_offload.cpu_kernels.experts_block import (
+    FIRST_CUTS as FIRST_CUTS,
+)
+from moe_offload.cpu_kernels.experts_block import (
+    FIRST_JOBS as FIRST_JOBS,
+)
+from moe_offload.cpu_kernels.experts_block import (
+    INPUT_BASE as INPUT_BASE,
+)
+from moe_offload.cpu_kernels.experts_block import (
+    INPUT_BYTES as INPUT_BYTES,
+)
+from moe_offload.cpu_kernels.experts_block import (
+    INPUTS as INPUTS,
+)
+from moe_offload.cpu_kernels.experts_block import (
+    LINE as LINE,
+)
+from moe_offload.cpu_kernels.experts_block import (
+    LOCAL as LOCAL,
+)
+from moe_offload.cpu_kernels.experts_block import (
+    LOCAL_BYTES as LOCAL_BYTES,
+)
+from moe_offload.cpu_kernels.experts_block import (
+    MIDDLES as MIDDLES,
+)
+from moe_offload.cpu_kernels.experts_block import (
+    NEXT_FIRST as NEXT_FIRST,
+)
+from moe_offload.cpu_kernels.experts_block import (
+    NEXT_ROWS as NEXT_ROWS,
+)
+from moe_offload.cpu_kernels.experts_block import (
+    NEXT_SECOND as NEXT_SECOND,
+)
+from moe_offload.cpu_kernels.experts_block import (
+    OFFSETS as OFFSETS,
+)
+from moe_offload.cpu_kernels.experts_block import (
+    OUT as OUT,
+)
+from moe_offload.cpu_kernels.experts_block import (
+    TABLE as TABLE,
+)
+from moe_offload.cpu_kernels.experts_block import (
+    TOKENS as TOKENS,
+)
+from moe_offload.cpu_kernels.experts_block import (
+    WEIGHTS as WEIGHTS,
+)
 
 # set by each call
-(
-    TABLE,  # int64 [E, 6]: gate, up, down, gate bias, up bias, down bias
-    EXPERTS,  # int32 [A]
-    OFFSETS,  # int64 [A + 1]
-    TOKENS,  # int32 [R]
-    WEIGHTS,  # f32 [R]
-    INPUTS,  # int64 [R]: address of each row's hidden vector
-    MIDDLES,  # int64 [R]: address of each row's intermediate vector
-    OUT,  # f32 [T, H]
-    ACTIVE,  # A
-    LOCAL,  # each thread's own memory ...
-    LOCAL_BYTES,  # ... and how much of it
-    FIRST_BLOCK,  # intermediate outputs of one job of the first phase
-    SECOND_BLOCK,  # output columns of one job of the second phase
-) = range(3 * LINE, 3 * LINE + 13 * 8, 8)
+FIRST_BLOCK = END  # intermediate outputs of one job of the first phase
+SECOND_BLOCK = END + 8  # output columns of one job of the second phase
 
 # set by the kernel's layout and activation
 CONSTANTS = SECOND_BLOCK + 8

@@ -23,11 +23,11 @@ from moe_offload.cpu_kernels.layout import (
 )
 from moe_offload.cpu_kernels.memory import TYPE_CODES, load_i64, store_i64
 from moe_offload.cpu_kernels.packed_experts import COMPILED as PACKED
-from moe_offload.cpu_kernels.packed_experts import PackedExpertKernel
+from moe_offload.cpu_kernels.packed_experts import PackedExpertKernel, empty_groups
 from moe_offload.cpu_kernels.row_job import make_row_job
 from moe_offload.cpu_kernels.target import current_target
 from moe_offload.cpu_kernels.team import COMPILED as TEAM
-from moe_offload.cpu_kernels.team import Team
+from moe_offload.cpu_kernels.team import Team, aligned_bytes
 
 LINE = 64
 CHUNK = 32  # rows of an expert taken at once: 32 inputs of H = 2048 are 256 KiB
@@ -65,9 +65,8 @@ def _fill(
     """Write the argument block and the lists behind it; not 0 says what is wrong."""
     for i in range(constants.size):
         store_i64(constants[i], args + word.CONSTANTS + 8 * i)
-    store_i64(0, args + word.NEXT_FIRST)
-    store_i64(0, args + word.DONE_FIRST)
-    store_i64(0, args + word.NEXT_SECOND)
+    for counter in range(0, word.COUNTERS, LINE):
+        store_i64(0, args + counter)
     store_i64(table.ctypes.data, args + word.TABLE)
     store_i64(experts.ctypes.data, args + word.EXPERTS)
     store_i64(offsets.ctypes.data, args + word.OFFSETS)
@@ -93,6 +92,8 @@ def _fill(
     store_i64(middles, args + word.MIDDLES)
     store_i64(middle + rows * middle_bytes, args + word.LOCAL)
     width = hidden.shape[1] * 4
+    store_i64(hidden.ctypes.data, args + word.INPUT_BASE)
+    store_i64(width, args + word.INPUT_BYTES)
     for row in range(rows):
         token = tokens[row]
         if token < 0 or token >= hidden.shape[0]:
@@ -189,6 +190,41 @@ class ExpertKernel:
             if mistake:
                 raise ValueError(_MISTAKES[mistake])
             team.launch(self._compiled.address, args)
+
+    @property
+    def job(self) -> int:
+        """Address of the compiled job, for a chain of stages."""
+        if self._compiled is None:
+            self.load()
+        address: int = self._compiled.address
+        return address
+
+    @property
+    def cut_blocks(self) -> tuple[int, int]:
+        """As of `PackedExpertKernel`; this kernel's threads find their shares themselves."""
+        return 1, 1
+
+    def prepare(
+        self,
+        table: NDArray[np.int64],
+        tokens: int,
+        choices: int,
+        hidden: NDArray[np.float32],
+        out: NDArray[np.float32],
+        threads: int,
+    ) -> tuple[NDArray[np.uint8], Groups, object]:
+        """As `PackedExpertKernel.prepare`."""
+        rows = tokens * choices
+        first, second, local = self._blocks_for(threads, min(rows, len(table)))
+        memory = aligned_bytes(word.BYTES + 2 * LINE + rows * (16 + self._middle_bytes) + threads * local)
+        groups = empty_groups(rows)
+        mistake = _fill(
+            int(memory.ctypes.data), self._constants, table, groups.experts, groups.offsets, groups.tokens,
+            groups.weights, hidden, out, first, second, local,
+        )  # fmt: skip
+        if mistake:
+            raise ValueError(_MISTAKES[mistake])
+        return memory, groups, table
 
     def _blocks_for(self, threads: int, active: int) -> _Blocks:
         blocks = self._blocks.get((threads, active))

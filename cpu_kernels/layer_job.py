@@ -95,11 +95,14 @@ def make_layer_job(key: str, middle: Any, matrix: Any, size: int, transposed: bo
             fetch_add(args + word.DONE_FIRST, 1)
         wait_for_count(args + word.DONE_FIRST, jobs)
         width, block = load_i64(args + word.HIDDEN), load_i64(args + word.SECOND_BLOCK)
+        jobs = (width + block - 1) // block
         while True:
             start = fetch_add(args + word.NEXT_SECOND, 1) * block
             if start >= width:
                 break
             second(args, local, start, min(block, width - start))
+            fetch_add(args + word.DONE_SECOND, 1)
+        wait_for_count(args + word.DONE_SECOND, jobs)
 
     return run
 

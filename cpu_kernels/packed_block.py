@@ -1,37 +1,87 @@
-"""The argument block of a layer of packed experts. Offsets in bytes; counters lie on cache lines of their own.
+"""The argument block of a layer of packed experts: what all experts have (experts_block.py), and then this."""
 
-The block follows the stage protocol: whoever prepares it zeroes the counters, and a thread that comes when all jobs
-are drawn finds nothing to do.
-"""
-
-LINE = 64
-
-# a pair of counters for each phase: jobs drawn, jobs done
-NEXT_ROWS, DONE_ROWS, NEXT_FIRST, DONE_FIRST, NEXT_SECOND, DONE_SECOND = range(0, 6 * LINE, LINE)
-COUNTERS = 6 * LINE
+from moe_offload.cpu_kernels.experts_block import (
+    ACTIVE as ACTIVE,
+)
+from moe_offload.cpu_kernels.experts_block import (
+    COUNTERS as COUNTERS,
+)
+from moe_offload.cpu_kernels.experts_block import (
+    DONE_FIRST as DONE_FIRST,
+)
+from moe_offload.cpu_kernels.experts_block import (
+    DONE_ROWS as DONE_ROWS,
+)
+from moe_offload.cpu_kernels.experts_block import (
+    DONE_SECOND as DONE_SECOND,
+)
+from moe_offload.cpu_kernels.experts_block import (
+    END as END,
+)
+from moe_offload.cpu_kernels.experts_block import (
+    EXPERTS as EXPERTS,
+)
+from moe_offload.cpu_kernels.experts_block import (
+    FIRST_CUTS as FIRST_CUTS,
+)
+from moe_offload.cpu_kernels.experts_block import (
+    FIRST_JOBS as FIRST_JOBS,
+)
+from moe_offload.cpu_kernels.experts_block import (
+    INPUT_BASE as INPUT_BASE,
+)
+from moe_offload.cpu_kernels.experts_block import (
+    INPUT_BYTES as INPUT_BYTES,
+)
+from moe_offload.cpu_kernels.experts_block import (
+    INPUTS as INPUTS,
+)
+from moe_offload.cpu_kernels.experts_block import (
+    LINE as LINE,
+)
+from moe_offload.cpu_kernels.experts_block import (
+    LOCAL as LOCAL,
+)
+from moe_offload.cpu_kernels.experts_block import (
+    LOCAL_BYTES as LOCAL_BYTES,
+)
+from moe_offload.cpu_kernels.experts_block import (
+    MIDDLES as MIDDLES,
+)
+from moe_offload.cpu_kernels.experts_block import (
+    NEXT_FIRST as NEXT_FIRST,
+)
+from moe_offload.cpu_kernels.experts_block import (
+    NEXT_ROWS as NEXT_ROWS,
+)
+from moe_offload.cpu_kernels.experts_block import (
+    NEXT_SECOND as NEXT_SECOND,
+)
+from moe_offload.cpu_kernels.experts_block import (
+    OFFSETS as OFFSETS,
+)
+from moe_offload.cpu_kernels.experts_block import (
+    OUT as OUT,
+)
+from moe_offload.cpu_kernels.experts_block import (
+    TABLE as TABLE,
+)
+from moe_offload.cpu_kernels.experts_block import (
+    TOKENS as TOKENS,
+)
+from moe_offload.cpu_kernels.experts_block import (
+    WEIGHTS as WEIGHTS,
+)
 
 # set by each call
 (
-    TABLE,  # int64 [E, 6]: gate, up, down, gate bias, up bias, down bias
-    EXPERTS,  # int32 [A]
-    OFFSETS,  # int64 [A + 1]
-    TOKENS,  # int32 [R]
-    WEIGHTS,  # f32 [R]
     HIDDEN_AT,  # f32 [T, H]
-    OUT,  # f32 [T, H]
-    ACTIVE,  # A
     TOKEN_COUNT,  # T
-    ROWS,  # quantised hidden vectors, one for each token
-    INPUTS,  # int64 [R + slack]: address of each row's quantised hidden vector
-    MIDDLES,  # int64 [R + slack]: address of each row's quantised intermediate vector
-    LOCAL,  # each thread's own memory ...
-    LOCAL_BYTES,  # ... and how much of it
+    CHUNK,  # rows taken at once
     RUN,  # blocks computed one after the other before anything else is done
-    FIRST_JOBS,  # jobs of phase 2 ...
-    FIRST_CUTS,  # int64 [jobs + 1]: where each begins, in blocks of all active experts one behind the other
-    SECOND_JOBS,  # likewise of phase 3 ...
+    SECOND_JOBS,  # jobs of the last matrix ...
     SECOND_CUTS,  # ... in blocks of output columns
-) = range(COUNTERS, COUNTERS + 19 * 8, 8)
+) = range(END, END + 6 * 8, 8)
 
 # set by the kernel
 CONSTANTS = SECOND_CUTS + 8
@@ -46,9 +96,8 @@ CONSTANTS = SECOND_CUTS + 8
     DOWN_RECORDS,  # ... and of down
     ALPHA,  # f32 bits
     LIMIT,  # f32 bits
-    CHUNK,  # rows taken at once
     BOTH_PLANES,  # an expert with at most so many rows takes activations in both planes
     PANELS_BYTES,  # of a thread's own memory, from its begin on: token panels for tiles
-) = range(CONSTANTS, CONSTANTS + 13 * 8, 8)
+) = range(CONSTANTS, CONSTANTS + 12 * 8, 8)
 
-BYTES = (CONSTANTS + 13 * 8 + LINE - 1) // LINE * LINE
+BYTES = (CONSTANTS + 12 * 8 + LINE - 1) // LINE * LINE

@@ -120,7 +120,8 @@ def _fill(
     middle_at = row_at + hidden.shape[0] * row_size
     store_i64(inputs, args + word.INPUTS)
     store_i64(middles, args + word.MIDDLES)
-    store_i64(row_at, args + word.ROWS)
+    store_i64(row_at, args + word.INPUT_BASE)
+    store_i64(row_size, args + word.INPUT_BYTES)
     store_i64(middle_at + rows * middle_size, args + word.LOCAL)
     for row in range(rows):
         token = tokens[row]
@@ -191,7 +192,6 @@ class PackedExpertKernel:
             word.DOWN_RECORDS: down.records,
             word.ALPHA: float_bits(activation.alpha),
             word.LIMIT: float_bits(activation.limit),
-            word.CHUNK: 0,  # each call's
             word.BOTH_PLANES: both_planes(record.dtype, activations),
             word.PANELS_BYTES: self._panels_bytes,
         }
@@ -250,6 +250,11 @@ class PackedExpertKernel:
         address: int = self._compiled.address
         return address
 
+    @property
+    def cut_blocks(self) -> tuple[int, int]:
+        """Blocks of an expert's first matrices, and how many of them a job takes at least: for `route.CutsTable`."""
+        return self.record.up_matrix.blocks, max(1, self.record.group // WIDTH)
+
     def prepare(
         self,
         table: NDArray[np.int64],
@@ -268,7 +273,7 @@ class PackedExpertKernel:
         chunk, run, local = self._own(tokens)
         size = word.BYTES + 3 * LINE + (rows + LARGEST_TILE) * 16 + rows * self._middle_bytes
         memory = aligned_bytes(size + tokens * self._row_bytes + threads * local)
-        groups = Groups(*(np.zeros(rows + extra, kind) for extra, kind in _GROUP_ARRAYS))  # type: ignore[arg-type]
+        groups = empty_groups(rows)
         args = int(memory.ctypes.data)
         mistake = _fill(
             args, self._constants, table, groups.experts, groups.offsets, groups.tokens, groups.weights, hidden, out,
@@ -299,6 +304,11 @@ class PackedExpertKernel:
         run = min(LONGEST_RUN, RUN * (CHUNK + LARGEST_TILE) // rows // RUN * RUN)
         results = rows * 4 * WIDTH * run * (2 if self.record.gated else 1)
         return chunk, run, self._panels_bytes + results + 2 * LINE
+
+
+def empty_groups(rows: int) -> Groups:
+    """Room for the groups of so many rows."""
+    return Groups(*(np.zeros(rows + extra, kind) for extra, kind in _GROUP_ARRAYS))  # type: ignore[arg-type]
 
 
 def float_bits(value: float) -> int:

@@ -190,7 +190,7 @@ def make_packed_job(
             token = fetch_add(args + word.NEXT_ROWS, 1)
             if token >= tokens:
                 break
-            row = load_i64(args + word.ROWS) + token * load_i64(args + word.ROW_BYTES)
+            row = load_i64(args + word.INPUT_BASE) + token * load_i64(args + word.INPUT_BYTES)
             x = load_i64(args + word.HIDDEN_AT) + 4 * hidden * token
             padded = load_i64(args + word.HIDDEN_PADDED)
             quantise(x, hidden, row, padded, 0, padded)

@@ -1,4 +1,4 @@
-"""From router logits to the argument block of a layer of packed experts, as one stage.
+"""From router logits to the argument block of a layer of experts, as one stage.
 
     phase 1   per token: the K experts with the largest probability, and their weights
     phase 2   one thread groups the (token, expert) pairs by expert, as grouping.group_tokens does, and writes what
@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_offload.cpu_kernels import packed_block as experts_word
+from moe_offload.cpu_kernels import experts_block as experts_word
 from moe_offload.cpu_kernels.atomics import fetch_add, wait_for_count
 from moe_offload.cpu_kernels.jit import native
 from moe_offload.cpu_kernels.kernel_cache import compile_job
@@ -121,7 +121,7 @@ def _group(args: int) -> None:
             active += 1
             total += count
     store_i64(total, offsets + 8 * active)
-    base, size = load_i64(block + experts_word.ROWS), load_i64(block + experts_word.ROW_BYTES)
+    base, size = load_i64(block + experts_word.INPUT_BASE), load_i64(block + experts_word.INPUT_BYTES)
     for k in range(choices):
         for t in range(tokens):
             weight = load_f32(weights + 4 * (choices * t + k))

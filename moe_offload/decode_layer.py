@@ -18,7 +18,7 @@ from torch.nn.modules import module as torch_module
 from transformers.cache_utils import Cache, DynamicLayer
 
 from moe_offload.cpu_kernels.target import current_target
-from moe_offload.cpu_layer import PackedLayer
+from moe_offload.cpu_layer import CpuLayer
 from moe_offload.decode_modules import (
     WEIGHT_TYPES,
     Inside,
@@ -27,7 +27,7 @@ from moe_offload.decode_modules import (
     read_norm,
     read_router,
 )
-from moe_offload.decode_plan import LayerPlan, StepBuffers, source_of
+from moe_offload.decode_plan import Experts, LayerPlan, StepBuffers, source_of
 from moe_offload.decode_step import StepInputs
 from moe_offload.kv_room import fill_to, make_room
 
@@ -80,7 +80,7 @@ class DecodeModel:
 class DecodeLayer:
     """Stands for a decoder layer's `forward`."""
 
-    def __init__(self, shared: DecodeModel, layer: Any, experts: PackedLayer | None) -> None:
+    def __init__(self, shared: DecodeModel, layer: Any, experts: Experts | None) -> None:
         self.shared, self.layer, self.experts = shared, layer, experts
         self.snapshot = Snapshot()
         self._plans: dict[tuple[Any, ...], LayerPlan | None] = {}
@@ -189,19 +189,22 @@ class DecodeLayer:
         found = [source for source in sources if source is not None]
         if len(found) < 4 or len({(s.dtype, s.group) for s in found[:3]}) > 1:
             return None
-        router = read_router(layer.mlp, snapshot) if self.experts is not None else None
+        experts = self.experts
+        if isinstance(experts, CpuLayer) and batch >= experts.gemm_rows:
+            experts = None  # some may have so many rows that torch is to multiply them
+        router = read_router(layer.mlp, snapshot) if experts is not None else None
         after_norm = read_norm(layer.post_attention_layernorm, snapshot) if router is not None else None
         heads = modules.heads
         width = heads.head_size
         buffers = self.shared.buffers(
             batch, found[3].outputs, heads.q_heads * width, heads.kv_heads * width,
-            self.experts.num_experts if self.experts is not None else 0,
+            experts.num_experts if experts is not None else 0,
         )  # fmt: skip
         # gpt-oss gives each angle once, the others twice
         half = angles if type(layer).__name__ == "GptOssDecoderLayer" else angles // 2
         engine = self.shared.engine
         return LayerPlan(
-            buffers, snapshot, modules, found, router if after_norm is not None else None, self.experts, after_norm,
+            buffers, snapshot, modules, found, router if after_norm is not None else None, experts, after_norm,
             half, model_type, model_type, engine.options.activations, engine.team,
         )  # fmt: skip
 

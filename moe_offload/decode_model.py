@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from moe_offload.cpu_kernels.hand_over import HandOver
 from moe_offload.cpu_kernels.matrices import Norm
 from moe_offload.cpu_kernels.stages import Chain, Stage
-from moe_offload.cpu_layer import PackedLayer
+from moe_offload.decode_head import DecodeHead
 from moe_offload.decode_layer import (
     ATTENTIONS,
     MOST_SEQUENCES,
@@ -146,7 +147,7 @@ class ModelStep:
         starts = first_seen(attention_mask, batch, position + 1)
         if starts is None:
             return None
-        embedded = torch.embedding(weight, input_ids)
+        embedded = torch.embedding(weight.detach(), input_ids)  # whether somebody trains it shows below
         rotary = self._rotary(position_ids, position, embedded)
         plan = None if rotary is None else self._plan(batch, weight.dtype, rotary[0].shape[1])
         if rotary is None or plan is None:
@@ -194,6 +195,8 @@ class ModelStep:
         config = model.config
         if any(getattr(config, name, False) for name in _REPORTS) or not getattr(config, "return_dict", True):
             return False
+        if getattr(config, "sliding_window", None) is not None:  # in the mask, which is not made here
+            return False
         if config.num_hidden_layers != len(self.layers) or config._attn_implementation not in ATTENTIONS:
             return False
         if type(model.embed_tokens) is not nn.Embedding or model.embed_tokens.max_norm is not None:
@@ -212,13 +215,14 @@ class ModelStep:
             return None
         if position_ids.dtype != torch.int64 or position_ids.shape not in ((1, 1), (len(like), 1)):
             return None
-        rows = self._table.rows(self.model.rotary_emb, position_ids.numpy()[:, 0], like)
-        if rows is not None:
-            return rows
+        known = self._table.rows(self.model.rotary_emb, position_ids.numpy()[:, 0], like)
+        if known is not None:
+            return known
         cos, sin = self.model.rotary_emb(like, position_ids=position_ids)
         if cos.shape != sin.shape or cos.shape[:-1] != position_ids.shape:
             return None
-        return cos[:, 0].to(torch.float32).numpy(), sin[:, 0].to(torch.float32).numpy()
+        rows = [part[:, 0].detach().to(torch.float32).contiguous().numpy() for part in (cos, sin)]
+        return rows[0], rows[1]
 
     def _plan(self, batch: int, dtype: torch.dtype, angles: int) -> ModelPlan | None:
         key = batch, dtype, angles
@@ -256,9 +260,10 @@ def first_seen(mask: Any, batch: int, length: int) -> NDArray[np.int64] | None:
     return first
 
 
-def attach(engine: Any, model: nn.Module, experts: Mapping[str, Any]) -> list[nn.Module]:
-    """Let the decode step run the decoder layers it knows, and models of nothing but those; the modules it took.
+def attach(engine: Any, model: PreTrainedModel, experts: Mapping[str, Any]) -> list[nn.Module]:
+    """Let the decode step run the decoder layers it knows, models of nothing but those, and their output head.
 
+    Returns the modules it took.
     experts: by the path of their module.
     """
     shared = DecodeModel(engine)
@@ -267,8 +272,8 @@ def attach(engine: Any, model: nn.Module, experts: Mapping[str, Any]) -> list[nn
     for path, module in model.named_modules():
         if is_transformers(module) and "forward" not in module.__dict__ and type(module).__name__ in LAYER_CLASSES:
             inside = [each for name, each in experts.items() if name.startswith(path + ".")]
-            packed = inside[0] if len(inside) == 1 and isinstance(inside[0], PackedLayer) else None
-            module.__dict__["forward"] = taken[id(module)] = DecodeLayer(shared, module, packed)
+            fused = inside[0] if len(inside) == 1 and inside[0].kernel is not None else None
+            module.__dict__["forward"] = taken[id(module)] = DecodeLayer(shared, module, fused)
             found.append(module)
     for module in model.modules():
         if is_transformers(module) and "forward" not in module.__dict__ and type(module).__name__ in MODEL_CLASSES:
@@ -279,11 +284,15 @@ def attach(engine: Any, model: nn.Module, experts: Mapping[str, Any]) -> list[nn
             if standing and one_config and in_order and all(each.experts is not None for each in standing):
                 module.__dict__["forward"] = ModelStep(shared, module, standing)
                 found.append(module)
+    head = model.get_output_embeddings()
+    if found and type(head) is nn.Linear and "forward" not in head.__dict__:
+        head.__dict__["forward"] = DecodeHead(engine, head)
+        found.append(head)
     return found
 
 
 def detach(modules: list[nn.Module]) -> None:
     """Inverse of `attach`."""
     for module in modules:
-        if isinstance(module.__dict__.get("forward"), DecodeLayer | ModelStep):
+        if isinstance(module.__dict__.get("forward"), DecodeLayer | ModelStep | DecodeHead):
             del module.__dict__["forward"]

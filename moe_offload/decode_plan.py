@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from moe_offload.cpu_kernels import attention_block, heads, matrix_block, packed_block, route
+from moe_offload.cpu_kernels import attention_block, experts_block, heads, matrix_block, route
 from moe_offload.cpu_kernels.attention import AttentionShape, DecodeAttention, Strides
 from moe_offload.cpu_kernels.heads import HeadsStage, heads_job
 from moe_offload.cpu_kernels.layout import WeightType
@@ -31,10 +31,12 @@ from moe_offload.cpu_kernels.packed_layout import StoredType
 from moe_offload.cpu_kernels.route import CutsTable, RouteStage, route_job
 from moe_offload.cpu_kernels.stages import Chain, Stage
 from moe_offload.cpu_kernels.team import Team, aligned_bytes
-from moe_offload.cpu_layer import PackedLayer
+from moe_offload.cpu_layer import CpuLayer, PackedLayer
 from moe_offload.decode_modules import WEIGHT_TYPES, AttentionModules, RouterModule, Snapshot
 from moe_offload.kv_room import Room
 from moe_offload.models.packed_linear import PackedLinear
+
+Experts = CpuLayer | PackedLayer  # with a kernel
 
 
 class Source(NamedTuple):
@@ -78,7 +80,7 @@ class LayerPlan:
         modules: AttentionModules,
         sources: Sequence[Source],  # q, k, v, output
         router: RouterModule | None,
-        experts: PackedLayer | None,
+        experts: Experts | None,
         after_norm: Any,
         half: int,
         model_type: WeightType,
@@ -115,7 +117,7 @@ class LayerPlan:
         self._after = [self._matrices(b.mixed.shape[1], [output], b.mixed, [b.after], residual=b.x)]
         if router is not None and experts is not None:
             self._after += self._experts(router, experts, after_norm)
-            self._experts_layer: PackedLayer | None = experts
+            self._experts_layer: Experts | None = experts
         else:
             self._experts_layer = None
         self.stages: tuple[Stage, ...] = ()  # others when the cache has outgrown them
@@ -146,7 +148,7 @@ class LayerPlan:
     @property
     def active_experts(self) -> int:
         """How many experts the last step ran."""
-        return int(self._experts_words[packed_block.ACTIVE // 8])
+        return int(self._experts_words[experts_block.ACTIVE // 8])
 
     @property
     def routed_rows(self) -> int:
@@ -213,19 +215,18 @@ class LayerPlan:
         self._kernels.append(kernel)
         return Stage(kernel.job, address(memory), matrix_block.COUNTERS // 64)
 
-    def _experts(self, router: RouterModule, experts: PackedLayer, after_norm: Any) -> list[Stage]:
+    def _experts(self, router: RouterModule, experts: Experts, after_norm: Any) -> list[Stage]:
         b, threads = self.buffers, self.team.threads
         count, hidden = router.weight.shape
         source = Source(WEIGHT_TYPES[router.weight.dtype], 32, router.weight.data_ptr(), count, router.bias)
         logits = self._matrices(hidden, [source], b.after, [b.logits], norm=after_norm, norm_out=b.normed)
-        memory, self._groups, keep = experts.kernel.prepare(
-            experts.table, b.tokens, router.choices, b.normed, b.out, threads
-        )
+        kernel = experts.kernel
+        assert kernel is not None and experts.table is not None
+        memory, self._groups, keep = kernel.prepare(experts.table, b.tokens, router.choices, b.normed, b.out, threads)
         at = address(memory)
         self._experts_words = memory.view(np.int64)
         most = min(count, b.tokens * router.choices)
-        up = experts.kernel.record.up_matrix
-        cuts = CutsTable(up.blocks, max(1, experts.kernel.record.group // 32), most, threads)
+        cuts = CutsTable(*kernel.cut_blocks, most, threads)
         rounding = self.model_type if router.rounded else "f32"
         stage = RouteStage(
             b.tokens, count, router.choices, router.routing, rounding, address(b.logits), address(b.after),
@@ -235,7 +236,7 @@ class LayerPlan:
         return [
             logits,
             Stage(route_job().address, stage.block, route.COUNTERS),
-            Stage(experts.kernel.job, at, packed_block.COUNTERS // 64),
+            Stage(kernel.job, at, experts_block.COUNTERS // 64),
         ]
 
 

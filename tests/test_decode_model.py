@@ -77,9 +77,11 @@ def caches(pair: Pair) -> list[Any]:
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "olmoe"])
-@pytest.mark.parametrize("dense", ["stored", "int8"])
-def test_one_launch_for_all_layers(family: str, dense: Any, folders: Callable[[str], Path], packs: Path) -> None:
-    pair = load_pair(folders(family), pack_dir=packs, weights="int4", dense=dense)
+@pytest.mark.parametrize(("weights", "dense"), [("int4", "int8"), ("int4", "stored"), ("auto", "stored")])
+def test_one_launch_for_all_layers(
+    family: str, weights: Any, dense: Any, folders: Callable[[str], Path], packs: Path
+) -> None:
+    pair = load_pair(folders(family), pack_dir=packs, weights=weights, dense=dense)
     assert isinstance(pair.fused.model.__dict__["forward"], ModelStep)
     ids, mask = padded(3, 9)
     with counted_launches() as chains:
@@ -103,6 +105,14 @@ def test_families_with_other_blocks_go_layer_by_layer(folders: Callable[[str], P
         with counted_launches() as chains:
             check_generation(pair, IDS, max_new_tokens=3)
         assert len(chains) >= 2 * LAYERS
+
+
+def test_experts_that_torch_may_run(folders: Callable[[str], Path]) -> None:
+    """Experts as stored leave the chain where one of them could get so many rows that torch multiplies them."""
+    pair = load_pair(folders("qwen3_moe"), gemm_rows=4)
+    for rows, launches in ((3, 1), (4, LAYERS)):
+        made = [prefilled(model, tiny_models.token_ids(rows, 7)) for model in pair]
+        check_launches(pair, made, launches)
 
 
 def test_numbers_of_sequences_in_turns(pair: Pair) -> None:
@@ -187,6 +197,17 @@ def test_reports_that_were_asked_for(way: str, pair: Pair) -> None:
     name = {"output_hidden_states": "hidden_states", "output_router_logits": "router_logits"}.get(way, "attentions")
     for a, b in zip(getattr(ours, name), getattr(theirs, name), strict=True):
         assert close(a, b)
+
+
+def test_gradients_leave_no_trace_in_the_buffers(pair: Pair) -> None:
+    """That a step is not one to fuse may show when its inputs are already there."""
+    made, token = caches(pair), torch.full((2, 1), 5)
+    for model in pair:
+        model.model.embed_tokens.weight.requires_grad_(True)
+    ours, theirs = (model(token, past_key_values=cache).logits for model, cache in zip(pair, made, strict=True))
+    assert ours.requires_grad and close(ours.detach(), theirs.detach())
+    plan = pair.fused.model.__dict__["forward"]._known[1]
+    assert not plan.buffers.x_tensor.requires_grad
 
 
 def test_recorders_that_transformers_leaves_behind(pair: Pair) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from moe_offload.cpu_kernels import OpenMPTeam, Team, ThreadTeam, group_tokens
-from moe_offload.cpu_kernels import packed_block as experts_word
+from moe_offload.cpu_kernels import experts_block as experts_word
 from moe_offload.cpu_kernels.hand_over import HandOver
 from moe_offload.cpu_kernels.heads import COUNTERS as HEADS_COUNTERS
 from moe_offload.cpu_kernels.heads import HeadsShape, HeadsStage, heads_job
@@ -185,7 +185,7 @@ class Routed(NamedTuple):
 def route(logits: NDArray[np.float32], choices: int, routing: Any, team: Team, rounding: Any = "f32") -> Routed:
     tokens, count = logits.shape
     rows, hidden, row_bytes, base = tokens * choices, 5, 96, 1 << 20
-    block = aligned_bytes(experts_word.BYTES)
+    block = aligned_bytes(experts_word.END)
     words = block.view(np.int64)
     listed, taken = np.full(rows, -1, np.int32), np.full(rows, -1, np.int32)
     offsets, inputs = np.full(rows + 1, -1, np.int64), np.full(rows, -1, np.int64)
@@ -193,7 +193,7 @@ def route(logits: NDArray[np.float32], choices: int, routing: Any, team: Team, r
     for place, value in (
         (experts_word.EXPERTS, address(listed)), (experts_word.OFFSETS, address(offsets)),
         (experts_word.TOKENS, address(taken)), (experts_word.WEIGHTS, address(weights)),
-        (experts_word.INPUTS, address(inputs)), (experts_word.ROWS, base), (experts_word.ROW_BYTES, row_bytes),
+        (experts_word.INPUTS, address(inputs)), (experts_word.INPUT_BASE, base), (experts_word.INPUT_BYTES, row_bytes),
     ):  # fmt: skip
         words[place // 8] = value
     kept, residual = logits.copy(), random(tokens, hidden)
