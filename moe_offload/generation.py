@@ -13,6 +13,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTra
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
+from moe_offload.memory import format_bytes
 from moe_offload.models.errors import CheckpointError
 from moe_offload.progress import Activity, Amount
 from moe_offload.statistics import Counts
@@ -63,6 +64,8 @@ class Generation:
             parts.append(f"decode {_rate(self.decode)}")
         if self.experts.bytes_read and self.experts.timed_bytes == self.experts.bytes_read:
             parts.append(f"experts {self.experts.gigabytes_per_second:.1f} GB/s")
+        elif self.experts.bytes_read:  # fused steps: their experts' share of the time is not known
+            parts.append(f"{format_bytes(self.experts.bytes_read)} of experts read")
         count = f"{len(self.new_ids)} token{'' if len(self.new_ids) == 1 else 's'}"
         ends = {
             "stop": count,

@@ -9,8 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 import moe_offload
-from moe_offload.decode_model import ModelPlan
 from moe_offload.decode_plan import LayerPlan
+from moe_offload.model_plan import ModelPlan
 from tests import tiny_models
 
 FAMILIES = ("qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "glm4_moe", "phimoe", "gpt_oss")
