@@ -18,9 +18,10 @@ CPU, GPU, FETCH = 0, 1, 2
 class LayerCosts:
     """Measured seconds of one kind of expert (shape and format) on this machine.
 
-    cpu, gpu [N + 1]: seconds of an expert with n rows, among others in one job; index 0 is 0, and n > N costs in proportion to
-    entry N. `copy`: seconds of one expert over the link. `cpu_start`, `gpu_start`: seconds for starting a job of any size on
-    either. `join`: seconds to bring the CPU's share of the output to the device, paid once where both work.
+    cpu, gpu [N + 1]: seconds of an expert with n rows, among others in one job; index 0 is 0, and n > N costs in
+    proportion to entry N. `copy`: seconds of one expert over the link. `cpu_start`, `gpu_start`: seconds for starting a
+    job of any size on either. `join`: seconds to bring the CPU's share of the output to the device, paid once where
+    both work.
     """
 
     cpu: NDArray[np.float64]
@@ -35,10 +36,11 @@ class LayerCosts:
 class LayerState:
     """One layer before it is planned; arrays are [A], in the order of `experts`.
 
-    rows: tokens of each expert, at least 1. where: HOST, COMING (being copied, or waiting to be) or SLOT. ready: seconds from now
-    until an expert can be used on the device; 0 in a SLOT, meaningless on the HOST. value: seconds that having this expert on
-    the device saves later, net of what has to make room for it; for HOST experts. link_busy, gpu_busy: seconds until the link
-    (the device) is through with what it was given already. room: slots that fetched experts may take, all at once.
+    rows: tokens of each expert, at least 1. where: HOST, COMING (being copied, or waiting to be) or SLOT. ready:
+    seconds from now until an expert can be used on the device; 0 in a SLOT, meaningless on the HOST. value: seconds
+    that having this expert on the device saves later, net of what has to make room for it; for HOST experts. link_busy,
+    gpu_busy: seconds until the link (the device) is through with what it was given already. room: slots that fetched
+    experts may take, all at once.
     """
 
     layer: int
@@ -57,9 +59,9 @@ class LayerState:
 class LayerPlan:
     """Who computes which expert: positions into the state's arrays.
 
-    action [A]: CPU, GPU (from its slot, or when its copy has arrived) or FETCH. gpu_order: positions with GPU or FETCH in the order
-    that the device runs them. fetch_order: positions with FETCH in the order of their copies. seconds: the makespan that the
-    plan expects.
+    action [A]: CPU, GPU (from its slot, or when its copy has arrived) or FETCH. gpu_order: positions with GPU or FETCH
+    in the order that the device runs them. fetch_order: positions with FETCH in the order of their copies. seconds: the
+    makespan that the plan expects.
     """
 
     action: NDArray[np.int8]
