@@ -46,14 +46,13 @@ class CostCurve:
 
     def observe(self, rows: NDArray[np.int64], seconds: float) -> None:
         """A job over several experts, with `rows` each, took `seconds` in all."""
-        if len(rows) == 0 or not (0 < seconds < math.inf):
+        if len(rows) == 0 or not 0 < seconds < math.inf:
             return
-        rows = np.asarray(rows)
-        if rows.max() <= ROWS:
-            parts, bands = self._raw[rows], _BAND[rows]
-        else:
-            capped = np.minimum(rows, ROWS)
-            parts, bands = self._raw[capped] * (rows / np.maximum(capped, 1)), _BAND[capped]
+        try:
+            parts, bands = self._raw.take(rows), _BAND.take(rows)
+        except IndexError:  # beyond the table
+            capped = np.clip(rows, 0, ROWS)
+            parts, bands = self._raw[capped] * np.maximum(rows / ROWS, 1.0), _BAND[capped]
         by_band: list[float] = np.bincount(bands, parts, len(BANDS)).tolist()
         expected = sum(by_band)
         if expected <= 0:

@@ -129,7 +129,8 @@ class CostModel:
     def crossover(self, kind: str) -> int | None:
         """Rows from which on a fetch and the device are sooner done than the CPU; None: not up to 1024."""
         costs = self.layer_costs(kind)
-        loses = costs.cpu_start + costs.cpu[1:] <= costs.copy + costs.gpu_start + costs.gpu[1:]
+        on_cpu = costs.cpu_start + costs.cpu[1:] + costs.join
+        loses = on_cpu <= costs.copy + costs.gpu_start + costs.gpu[1:]
         last = int(np.flatnonzero(loses)[-1]) + 1 if loses.any() else 0
         return last + 1 if last < ROWS else None
 
@@ -182,7 +183,7 @@ class CostModel:
             entry = _mapping(entry, kind)
             nbytes = entry.get("nbytes")
             if type(nbytes) is not int:
-                raise ValueError(f"{kind}: nbytes is {nbytes!r}, not a whole number")
+                raise ValueError(f"{kind}: nbytes is {nbytes!r:.40}, not a whole number")
             cpu, cpu_logs = _curve_from_dict(entry.get("cpu"), f"{kind}, cpu")
             gpu, gpu_logs = _curve_from_dict(entry.get("gpu"), f"{kind}, gpu")
             model.add(kind, nbytes, cpu, gpu)
@@ -231,7 +232,7 @@ def _mapping(data: object, what: str) -> dict[str, Any]:
 def _list(entry: dict[str, Any], name: str, where: str) -> list[Any]:
     value = entry.get(name)
     if not isinstance(value, list):
-        raise ValueError(f"{where}: {name} is {value!r}, not a list")
+        raise ValueError(f"{where}: {name} is {value!r:.40}, not a list")
     return value
 
 
@@ -240,6 +241,7 @@ def _number(entry: dict[str, Any], name: str) -> float:
 
 
 def _finite(value: object, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{where}: {value!r} is not a finite number")
+    # compared before it is converted: JSON's whole numbers may be too large for a float
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -1e300 < value < 1e300:
+        raise ValueError(f"{where}: {value!r:.40} is not a finite number")
     return float(value)

@@ -68,9 +68,10 @@ class Popularity:
         addend = self._addend[layer] * self._growth
         self._addend[layer] = addend
         bucket = min(tokens.bit_length(), _BUCKETS) - 1
-        self._rows[layer][experts] += rows * (addend / tokens)
+        index = experts.astype(np.intp)  # other integers as an index cost twice the time
+        self._rows[layer][index] += rows * (addend / tokens)
         self._weight[layer] += addend
-        self._active[layer][bucket][experts] += addend
+        self._active[layer][bucket][index] += addend
         self._active_weight[layer][bucket] += addend
         if addend > _RESCALE:
             self._rescale(layer)
