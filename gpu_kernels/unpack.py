@@ -65,12 +65,13 @@ def matrix(data: torch.Tensor, dtype: str, rows: int, cols: int, group: int, com
 
 def _multiplied_out(data: torch.Tensor, shape: PackedShape, compute: torch.dtype) -> torch.Tensor:
     records = data[: shape.nbytes].view(shape.blocks, shape.records, shape.record_bytes)
+    parts = shape.blocks, shape.records, shape.groups_per_record, shape.group // 4
     # codes as they lie: [blocks, records, groups of one, G/4, outputs side by side, 4]
-    stored = records[:, :, : shape.scales_at].unflatten(2, (shape.groups_per_record, shape.group // 4, -1, 4))
+    stored = records[:, :, : shape.scales_at].view(*parts, -1, 4)
     scales = _scales(records[:, :, shape.scales_at :], shape)
-    out = torch.empty((shape.blocks, WIDTH, shape.groups * shape.group), dtype=compute, device=data.device)
+    out = torch.empty((shape.blocks * WIDTH, shape.groups * shape.group), dtype=compute, device=data.device)
     # ... and as a matrix wants them: [blocks, outputs, records, groups of one, G/4, 4]
-    whole = out.unflatten(2, (shape.records, shape.groups_per_record, shape.group // 4, 4))
+    whole = out.view(shape.blocks, WIDTH, *parts[1:], 4)
     halves = _int8(stored) if shape.dtype == "int8" else _nibbles(stored, shape.dtype)
     first = 0
     for codes in halves:
@@ -78,7 +79,7 @@ def _multiplied_out(data: torch.Tensor, shape: PackedShape, compute: torch.dtype
         part = slice(first, first + width)
         torch.mul(codes.permute(0, 4, 1, 2, 3, 5), scales[:, part], out=whole[:, part])
         first += width
-    return out.view(shape.blocks * WIDTH, -1)[: shape.rows, : shape.cols]
+    return out[: shape.rows, : shape.cols]
 
 
 def _int8(stored: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -109,4 +110,5 @@ def _scales(stored: torch.Tensor, shape: PackedShape) -> torch.Tensor:
         values = (exponents << 23 | odd).view(torch.float32)
     else:
         values = stored.contiguous().view(torch.float16).to(torch.float32)
-    return values.unflatten(2, (shape.groups_per_record, WIDTH)).permute(0, 3, 1, 2)[..., None, None]
+    by_group = values.view(shape.blocks, shape.records, shape.groups_per_record, WIDTH, 1, 1)
+    return by_group.permute(0, 3, 1, 2, 4, 5)

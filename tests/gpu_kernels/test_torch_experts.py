@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from moe_offload.cpu_kernels import Activation, ExpertKernel, ExpertLayout, ThreadTeam, group_tokens
-from moe_offload.cpu_kernels.layout import GATED_ONLY, ActivationKind
+from moe_offload.cpu_kernels.layout import GATED_ONLY, ActivationKind, WeightType
 from moe_offload.cpu_kernels.packed_experts import PackedExpertKernel
 from moe_offload.cpu_kernels.packed_layout import ExpertRecord, PackedMatrix, PackedType, StoredType
 from moe_offload.cpu_kernels.packing import unpack_matrix
@@ -99,8 +99,8 @@ class Parts(NamedTuple):
 
 
 def reference(experts: PackedExperts, e: int, x: NDArray[np.float32], compute: torch.dtype) -> Parts:
-    """Roundings of a product's terms (inputs, weights, sums) are independent: they add up as the root of squares, and 8 are
-    many deviations. What is rounded after the product adds a step. Activations are tried at the corners of their inputs.
+    """Roundings of a product's terms (inputs, weights, sums) are independent: they add up as the root of squares, and 8
+    are many deviations. What is rounded after the product adds a step. Activations are tried at their inputs' corners.
     """
     step = STEP[compute]
 
@@ -152,16 +152,19 @@ def test_half_types_are_off_by_their_roundings(dtype: StoredType, group: int, co
     assert off.max() > STEP[compute] / 100  # it was computed in that type
 
 
-STORED = [("bf16", Activation("silu"), False), ("f16", Activation("gelu"), True), ("f32", Activation("relu"), False)]
+STORED: list[tuple[WeightType, Activation, bool]] = [
+    ("bf16", Activation("silu"), False),
+    ("f16", Activation("gelu"), True),
+    ("f32", Activation("relu"), False),
+]
 
 
 @pytest.mark.parametrize(("dtype", "activation", "bias"), STORED, ids=[name for name, *_ in STORED])
-def test_stored_experts_agree_with_the_cpu(dtype: StoredType, activation: Activation, bias: bool) -> None:
+def test_stored_experts_agree_with_the_cpu(dtype: WeightType, activation: Activation, bias: bool) -> None:
     record = sized(dtype, 32, True, bias)
     experts = make(record, activation)
-    layout = ExpertLayout(
-        record.hidden_size, record.intermediate_size, dtype, bias=bias, bias_dtype="f32" if bias else None
-    )  # type: ignore[arg-type]  # fmt: skip
+    sizes = record.hidden_size, record.intermediate_size
+    layout = ExpertLayout(*sizes, dtype, bias=bias, bias_dtype="f32" if bias else None)
     compare_with_cpu(ExpertKernel(layout, activation), experts)
 
 
