@@ -1,19 +1,20 @@
 """What a device is to the rest of the program: memory, streams, events, copies, launches, a clock.
 
-Two implementations share all code above: `cuda.py` (torch owns the memory) and `virtual.py` (real numbers, modelled time, hard
-budget, race detection). The protocol, which the virtual one enforces:
+Two implementations share all code above: `cuda.py` (torch owns the memory) and `virtual.py` (real numbers, modelled
+time, hard budget, race detection). The protocol, which the virtual one enforces:
 
-- An operation on a stream runs after what was put on that stream before it, and after every event the stream was told to
-  wait for. Nothing else orders two operations: a copy on one stream and a kernel on another need an event between them.
-- Memory that an operation in flight reads or writes is not written, read, reused or freed by anybody that is not ordered
-  after it. The host is ordered after an operation once it has synchronised with an event recorded behind it.
-- Copies are asynchronous, so their host side lies in a `HostArena`: page-locked memory that the device can reach. A copy from
-  other memory would make the caller wait, silently; here it is an error.
+- An operation on a stream runs after what was put on that stream before it, and after every event the stream was told
+  to wait for. Nothing else orders two operations: a copy on one stream and a kernel on another need an event between
+  them.
+- Memory that an operation in flight reads or writes is not written, read, reused or freed by anybody that is not
+  ordered after it. The host is ordered after an operation once it has synchronised with an event recorded behind it.
+- Copies are asynchronous, so their host side lies in a `HostArena`: page-locked memory that the device can reach. A
+  copy from other memory would make the caller wait, silently; here it is an error.
 - Small data on the compute path (routing to the host, the CPU's share of an output back) is not copied: the copy engine
   works in order, and a small copy waits behind megabytes of experts. A launch may read and write arena memory itself.
 
-Every operation takes a `Work`, which says how much it reads and multiplies: the virtual accelerator makes time of it, the
-real one ignores it.
+Every operation takes a `Work`, which says how much it reads and multiplies: the virtual accelerator makes time of it,
+the real one ignores it.
 """
 
 from abc import ABC, abstractmethod
@@ -148,7 +149,8 @@ class Accelerator(ABC):
 
     @abstractmethod
     def reserve(self, nbytes: int, name: str) -> None:
-        """Count memory that is not ours to allocate (the model's parameters, its KV cache) in `used`; negative gives back.
+        """Count memory that is not ours to allocate (the model's parameters, its KV cache) in `used`; negative gives
+        back.
 
         Raises OutOfDeviceMemoryError.
         """
