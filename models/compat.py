@@ -5,14 +5,18 @@ What moves between versions: the loader's conversion rules (`conversion_mapping`
 flags the experts decorator sets on a module (read them with a default).
 """
 
+import ast
+import inspect
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -25,18 +29,26 @@ from transformers.integrations.moe import (
     ExpertsInterface,
     grouped_mm_experts_forward,
 )
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 __all__ = [
     "KeyResolver",
     "ResolvedKey",
+    "asks_for_sdpa_by_name",
+    "attention_function",
     "cast_as_built",
     "experts_implementations",
     "grouped_mm_experts_forward",
     "ignore_unexpected_keys",
+    "is_dispatched_attention",
     "is_dispatched_experts",
+    "keeps_what_the_cache_returns",
     "natural_order",
+    "register_attention_function",
     "register_experts_function",
     "restore_experts_implementations",
+    "set_attention_implementation",
 ]
 
 
@@ -142,3 +154,74 @@ def cast_as_built(model: PreTrainedModel, built: Mapping[str, torch.dtype]) -> N
         dtype = built.get(name, parameter.dtype)
         if dtype != parameter.dtype and parameter.is_floating_point() and not any(part in name for part in kept):
             parameter.data = parameter.data.to(dtype)
+
+
+# Attention
+
+
+def register_attention_function(name: str, function: Callable[..., Any], mask_of: str) -> None:
+    """Make `function` selectable as an attention implementation, with the masks that `mask_of` gets.
+
+    Without masks of its own an implementation is handed none, and padding is attended to, without an error.
+    """
+    if name not in ALL_ATTENTION_FUNCTIONS:
+        AttentionInterface.register(name, function)
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[mask_of])
+
+
+def is_dispatched_attention(module: nn.Module) -> bool:
+    """Whether a module of transformers' own calls the attention function that its config names."""
+    if not type(module).__module__.startswith("transformers.models."):
+        return False
+    return "ALL_ATTENTION_FUNCTIONS" in inspect.unwrap(type(module).forward).__code__.co_names
+
+
+def attention_function(module: nn.Module, implementation: str) -> Callable[..., Any]:
+    """What a dispatched attention calls under an implementation's name: its file may have one of its own."""
+    names = inspect.unwrap(type(module).forward).__globals__
+    function: Callable[..., Any] = names["ALL_ATTENTION_FUNCTIONS"].get_interface(
+        implementation, names["eager_attention_forward"]
+    )
+    return function
+
+
+def set_attention_implementation(config: Any, name: str) -> None:
+    """Name the attention function of the modules with this config, and of no others."""
+    config._attn_implementation_internal = name
+
+
+@cache
+def keeps_what_the_cache_returns(attention: type[nn.Module]) -> str:
+    """Why a dispatched attention needs what its cache returns for itself; empty where it only hands it on.
+
+    MLA makes keys and values of the latents that the cache holds, with its own weights, and others pass them on to
+    later layers: both compute with them where the module is, wherever the cache is. Read from the source of `forward`,
+    since names tell nothing.
+    """
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(attention.forward))))
+    except (OSError, SyntaxError):
+        return "the source of its forward is not there to be read"
+    nodes = list(ast.walk(tree))
+    updates = [n for n in nodes if isinstance(n, ast.Assign) and _called(n.value).endswith(".update")]
+    calls = [n for n in nodes if isinstance(n, ast.Call) and _called(n) == "attention_interface"]
+    if len(updates) != 1 or len(calls) != 1 or not isinstance(updates[0].targets[0], ast.Tuple):
+        return "it does not use its cache in the usual way"
+    returned = [ast.unparse(target) for target in updates[0].targets[0].elts]
+    if returned != [ast.unparse(argument) for argument in calls[0].args[2:4]]:
+        return "it makes its keys and values of what the cache holds (MLA)"
+    end = updates[0].end_lineno or 0
+    later = [n for n in nodes if isinstance(n, ast.Name) and n.id in returned and n.lineno > end]
+    return "" if len(later) == 2 else "it uses what the cache returns for more than its attention"
+
+
+def _called(node: ast.AST) -> str:
+    return ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+
+
+@cache
+def asks_for_sdpa_by_name(module: type[nn.Module]) -> bool:
+    """Whether a class compares the implementation's name: under another one it would compute differently."""
+    codes = [inspect.unwrap(each).__code__ for each in vars(module).values() if inspect.isfunction(each)]
+    constants = [constant for code in codes for constant in code.co_consts]
+    return any(each == "sdpa" or (isinstance(each, tuple) and "sdpa" in each) for each in constants)
