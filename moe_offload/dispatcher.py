@@ -1,0 +1,328 @@
+"""One MoE layer of one token batch on two devices: plan, dispatch, look ahead, learn (steps 4 to 7 of the life of a token).
+
+The host enqueues everything for the device first (copies on the copy stream, launches on the compute stream, events
+between them), then runs the CPU's experts itself, then enqueues the addition of their output. It waits for the device
+once a layer: when the next router's answer is read. So the device's share, the link's and the CPU's run side by side.
+
+Who may write a slot, and when:
+
+- a slot that an active expert of this layer lies in is *protected* until its launch is on the compute stream;
+- after that it may be given to another expert: the copy waits for the slot's last reader (`DeviceSlots.last_read`);
+- a prefetched expert's slot is protected until its layer has run;
+- a slot that is being filled (COMING) is nobody's to take; its readers wait for the copy's event.
+
+Nothing here knows tensors: `LayerWork` does what is decided. The same code runs models and simulates servers.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe_offload.device_counts import DeviceCounts, LayerTimes
+from moe_offload.prefetcher import Prefetcher
+from moe_offload.scheduling.cost_model import CostModel
+from moe_offload.scheduling.forecast import Forecast
+from moe_offload.scheduling.guard import Guard
+from moe_offload.scheduling.layer_plan import COMING, CPU, FETCH, HOST, SLOT, LayerPlan, LayerState
+from moe_offload.scheduling.policies import Policy, plan_static
+from moe_offload.transfer.accelerator import Accelerator, Buffer, Event
+from moe_offload.transfer.copy_queue import CopyQueue, Transfer
+from moe_offload.transfer.device_slots import DeviceSlots
+from moe_offload.transfer.expert_cache import COMING as ON_ITS_WAY
+from moe_offload.transfer.expert_cache import ExpertCache
+
+NOT_FETCHABLE = -1e9  # seconds: the value of fetching what is on disk only, for planners that weigh
+
+
+class LayerWork(Protocol):
+    """Does one layer's work. Positions are those of the active experts."""
+
+    def on_device(self, positions: NDArray[np.int64], slots: Sequence[int]) -> None:
+        """Enqueue these experts on the compute stream; their bytes are in the slots by then."""
+
+    def on_cpu(self, positions: NDArray[np.int64]) -> None:
+        """Run these experts on the calling thread's team, and return when they are through."""
+
+    def join(self, *, cpu: bool) -> None:
+        """Enqueue what makes the layer's output of both shares; `cpu`: whether the CPU has one."""
+
+
+class HostRecords(Protocol):
+    """Expert records in host memory that copies may read."""
+
+    def hold(self, layer: int, expert: int) -> Buffer:
+        """The record, in host memory until `release`; read from disk where it is not here."""
+
+    def release(self, layer: int, expert: int, after: Event | None = None) -> None:
+        """The record may be replaced once `after` has passed."""
+
+    def is_here(self, layer: int) -> NDArray[np.bool_]:
+        """[E] which records are in host memory."""
+
+    def read_ahead(self, keys: Iterable[tuple[int, int]]) -> int:
+        """These will be asked for; how many are being read."""
+
+
+class Parts(NamedTuple):
+    """What the dispatcher works with; all of one model."""
+
+    accelerator: Accelerator
+    slots: DeviceSlots
+    cache: ExpertCache
+    queue: CopyQueue[tuple[int, int]]
+    records: HostRecords
+    costs: CostModel
+    kinds: Sequence[str]  # [L] the cost model's name of each layer's experts
+    record_bytes: Sequence[int]  # [L]
+    forecast: Forecast
+
+
+class _Pending(NamedTuple):
+    """A job of the device whose time is not known yet."""
+
+    kind: str
+    rows: NDArray[np.int64]
+    start: Event
+    end: Event
+
+
+class Dispatcher:
+    """Runs layers one after the other, in a cycle; one thread at a time.
+
+    overlap=False is the serial twin: every copy and launch is waited for before the next, and the CPU works alone.
+    """
+
+    def __init__(self, parts: Parts, policy: Policy, guard: Guard | None = None, *, overlap: bool = True) -> None:
+        self.parts, self.policy, self.guard, self.overlap = parts, policy, guard, overlap
+        self.counts = DeviceCounts(len(parts.kinds))
+        self.prefetcher = Prefetcher(parts, policy) if policy.prefetch else None
+        self.step = -1
+        self.dynamic = True  # what the guard says of this step
+        self._step_started = 0.0
+        self._tokens = 0  # of the step; 0: none is open
+        self._layer = -1
+        self._slot_of_key: dict[tuple[int, int], int] = {}  # of copies on their way
+        self._pending: deque[_Pending] = deque()
+
+    # Steps
+
+    def _begin_step(self, tokens: int) -> None:
+        """A forward pass begins."""
+        self.end_step()
+        self.step += 1
+        self._tokens = tokens
+        self._step_started = self.parts.accelerator.now()
+        was = self.dynamic
+        self.dynamic = self.guard is None or self.guard.mode(tokens) == "dynamic"
+        if was and not self.dynamic:
+            self.cancel_prefetches()
+
+    def end_step(self) -> None:
+        """The forward pass is through. Also when the next one begins, but then what lies in between counts as its time."""
+        if self._tokens == 0:
+            return
+        seconds = self.parts.accelerator.now() - self._step_started
+        if self.guard is not None:
+            self.guard.record(self._tokens, "dynamic" if self.dynamic else "static", seconds)
+        self.counts.steps += 1
+        self._tokens = 0
+
+    def cancel_prefetches(self) -> None:
+        """Call off what waits to be copied; what is on its way arrives."""
+        for key in list(self._slot_of_key):
+            self._call_off(key)
+
+    # A layer
+
+    def run(
+        self, layer: int, experts: NDArray[np.int32], rows: NDArray[np.int64], tokens: int, work: LayerWork
+    ) -> None:
+        """Plan and dispatch one layer: experts [A] ascending, with rows [A] of `tokens` tokens.
+
+        When it returns everything is enqueued and the CPU's share is done.
+        """
+        if self._tokens == 0 or layer <= self._layer:
+            self._begin_step(tokens)
+        self._layer = layer
+        parts, clock = self.parts, self.parts.accelerator.now
+        began = clock()
+        self._note_arrivals()
+        self._learn_device()
+        slots = parts.cache.lookup(layer, experts, max(self.step, 0))
+        state = self._state(layer, experts, rows, tokens, slots)
+        costs = parts.costs.layer_costs(parts.kinds[layer])
+        plan = (self.policy.planner if self.dynamic else plan_static)(state, costs)
+        planned = clock()
+        cpu = self._dispatch(layer, state, plan, slots, work)
+        enqueued = clock()
+        parts.forecast.observe(layer, experts, rows, tokens)
+        if self.prefetcher is not None and self.dynamic:
+            self.prefetcher.look_ahead(layer, tokens, plan.seconds, self._prefetch)
+        ahead = clock()
+        if len(cpu):
+            work.on_cpu(cpu)
+        done = clock()
+        if len(cpu):
+            parts.costs.observe_cpu(parts.kinds[layer], rows[cpu], done - ahead)
+        work.join(cpu=bool(len(cpu)))
+        if not self.overlap:
+            parts.accelerator.compute.synchronize()
+        self.counts.add(
+            layer, LayerTimes(began, planned, enqueued, ahead, done, clock()), plan.action, rows, cpu,
+            parts.cache.slot_of(layer),
+        )  # fmt: skip
+
+    def _state(
+        self, layer: int, experts: NDArray[np.int32], rows: NDArray[np.int64], tokens: int, slots: NDArray[np.int32]
+    ) -> LayerState:
+        parts = self.parts
+        where = np.where(slots >= 0, np.int8(SLOT), np.int8(HOST))
+        ready = np.zeros(len(experts))
+        for position in np.flatnonzero(slots >= 0):
+            if parts.cache.state_of(int(slots[position])) == ON_ITS_WAY:
+                where[position] = COMING
+                ready[position] = parts.queue.ready_in((layer, int(experts[position])))
+        value = np.zeros(len(experts))
+        if self.prefetcher is not None and self.dynamic:
+            value += self.prefetcher.value(layer, experts)
+        value[~parts.records.is_here(layer)[experts]] = NOT_FETCHABLE
+        # one slot is enough: later fetches take slots whose experts have run
+        room = (1 << 30) if parts.cache.room(layer, slots[slots >= 0]) else 0
+        return LayerState(
+            layer, tokens, experts, rows, where, ready, value, link_busy=parts.queue.backlog(), room=room
+        )  # fmt: skip
+
+    def _dispatch(
+        self, layer: int, state: LayerState, plan: LayerPlan, slots: NDArray[np.int32], work: LayerWork
+    ) -> NDArray[np.int64]:
+        """Enqueue the device's share. Returns the positions that the CPU is to run."""
+        experts = state.experts
+        for position in np.flatnonzero((plan.action == CPU) & (state.where == COMING)):
+            self._call_off((layer, int(experts[position])))
+        slot_of = dict(enumerate(slots.tolist()))
+        protected = self.prefetcher.protected(layer) if self.prefetcher is not None else set()
+        protected.update(slot_of[p] for p in plan.gpu_order.tolist() if plan.action[p] != FETCH)
+        waiting = deque(plan.fetch_order.tolist())
+        self._fetch(layer, experts, waiting, slot_of, protected)
+        turned_away: list[int] = []
+        run: list[int] = []  # positions whose bytes are there, to be launched together
+        order = deque(plan.gpu_order.tolist())
+        while order:
+            position = order.popleft()
+            key = (layer, int(experts[position]))
+            if state.where[position] == SLOT:
+                run.append(position)
+                if order and state.where[order[0]] == SLOT:
+                    continue
+                self._launch(layer, state, run, slot_of, protected, work)
+                run = []
+            else:
+                if position in waiting:  # all slots were taken: one of those that have run since is free now
+                    self._fetch(layer, experts, waiting, slot_of, protected)
+                    if position in waiting:
+                        waiting.remove(position)
+                        turned_away.append(position)
+                        continue
+                self.parts.queue.promote(key)
+                event = self.parts.queue.ready(key)
+                if event is not None:
+                    self.parts.accelerator.compute.wait(event)
+                self._launch(layer, state, [position], slot_of, protected, work)
+            if waiting:
+                self._fetch(layer, experts, waiting, slot_of, protected)
+        cpu = np.flatnonzero(plan.action == CPU)
+        return np.sort(np.concatenate([cpu, np.array(turned_away, np.int64)])) if turned_away else cpu
+
+    def _fetch(
+        self,
+        layer: int,
+        experts: NDArray[np.int32],
+        waiting: deque[int],
+        slot_of: dict[int, int],
+        protected: set[int],
+    ) -> None:
+        """Start the copies of `waiting` positions as far as there are slots for them."""
+        while waiting:
+            expert = int(experts[waiting[0]])
+            placement = self.parts.cache.place(layer, expert, protected=protected)
+            if placement is None:
+                return
+            slot_of[waiting.popleft()] = placement.slot
+            protected.add(placement.slot)
+            self.parts.queue.fetch(self._transfer(layer, expert, placement.slot))
+            if not self.overlap:
+                event = self.parts.queue.ready((layer, expert))
+                assert event is not None
+                event.synchronize()
+
+    def _launch(
+        self,
+        layer: int,
+        state: LayerState,
+        positions: list[int],
+        slot_of: dict[int, int],
+        protected: set[int],
+        work: LayerWork,
+    ) -> None:
+        parts, compute = self.parts, self.parts.accelerator.compute
+        start = compute.record(timed=True) if state.where[positions[0]] == SLOT else None
+        slots = [slot_of[p] for p in positions]
+        work.on_device(np.array(positions, np.int64), slots)
+        end = compute.record(timed=start is not None)
+        if start is not None:
+            self._pending.append(_Pending(parts.kinds[layer], state.rows[positions], start, end))
+        for slot in slots:
+            parts.slots.read_until(slot, end)
+        protected.difference_update(slots)
+        if not self.overlap:
+            end.synchronize()
+
+    # Copies
+
+    def _transfer(self, layer: int, expert: int, slot: int) -> Transfer[tuple[int, int]]:
+        key = (layer, expert)
+        self._slot_of_key[key] = slot
+        size = self.parts.record_bytes[layer]
+        return Transfer(
+            key, self.parts.records.hold(layer, expert), self.parts.slots.buffer(slot).part(0, size),
+            self.parts.slots.last_read(slot),
+        )  # fmt: skip
+
+    def _prefetch(self, layer: int, expert: int, priority: float, better_than: float | None) -> int | None:
+        """Let an expert be copied when the link has time; its slot, or None where no slot is worth less."""
+        assert self.prefetcher is not None
+        placement = self.parts.cache.place(
+            layer, expert, prefetch=True, protected=self.prefetcher.protected(None), better_than=better_than
+        )
+        if placement is None:
+            return None
+        self.parts.queue.prefetch(self._transfer(layer, expert, placement.slot), priority)
+        return placement.slot
+
+    def _call_off(self, key: tuple[int, int]) -> None:
+        """Cancel a copy on its way unless it is wholly submitted."""
+        slot = self._slot_of_key[key]
+        cancelled = self.parts.queue.cancel(key)
+        if cancelled is None:
+            return
+        if cancelled.passed is not None:
+            self.parts.slots.read_until(slot, cancelled.passed)
+        self.parts.cache.abandon(slot)
+        self.parts.records.release(*key, cancelled.passed)
+        del self._slot_of_key[key]
+
+    def _note_arrivals(self) -> None:
+        for key, event in self.parts.queue.arrivals():
+            self.parts.cache.arrived(self._slot_of_key.pop(key))
+            self.parts.records.release(*key, event)
+
+    def _learn_device(self) -> None:
+        """The host has synchronised with the compute stream since: jobs of the layer before have passed."""
+        while self._pending and self._pending[0].end.query():
+            job = self._pending.popleft()
+            seconds = job.end.time() - job.start.time()
+            self.parts.costs.observe_gpu(job.kind, job.rows, seconds)
+            self.counts.device_seconds += seconds

@@ -1,0 +1,194 @@
+"""One MoE layer's tensors on two devices: what the dispatcher's decisions do to them.
+
+    export      hidden states and routing go to host memory, by a launch that writes page-locked memory
+    on_device   launches that add experts' rows to the output on the device; which rows, they read from host memory
+    on_cpu      the CPU kernels add theirs to an output in host memory
+    join        a launch that adds both
+
+All four small tensors lie in one host arena for life, and are rewritten layer after layer. That is in order because the
+host waits for the compute stream once a layer, in `export`: by then every launch of the layer before has read them.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from moe_offload.cpu_kernels.grouping import Groups, group_tokens
+from moe_offload.cpu_layer import CpuLayer, PackedLayer
+from moe_offload.gpu_kernels.torch_experts import TorchExperts
+from moe_offload.transfer.accelerator import Accelerator, Buffer, HostArena, Work, as_tensor
+from moe_offload.transfer.device_slots import DeviceSlots
+
+LEAST_TOKENS = 64
+LAUNCHES_PER_EXPERT = 7  # torch's operations of one expert
+
+
+class LayerParts(NamedTuple):
+    """What one layer's experts are computed with."""
+
+    cpu: CpuLayer | PackedLayer
+    device: TorchExperts
+    record_bytes: int
+    flops_per_row: int
+    num_experts: int
+
+
+class _Staging(NamedTuple):
+    """Room for up to `tokens` tokens: in the arena, but `out`."""
+
+    tokens: int
+    arena: HostArena
+    hidden: Buffer  # f32 [T, H]
+    index: Buffer  # int64 [T, K]
+    weights: Buffer  # f32 [T, K]
+    row_tokens: Buffer  # int64 [R]
+    row_weights: Buffer  # f32 [R]
+    cpu_out: Buffer  # f32 [T, H]
+    out: Buffer  # f32 [T, H] on the device
+
+
+class LayerTensors:
+    """Implements `dispatcher.LayerWork` for one layer after the other: `begin`, then the dispatcher, then `result`."""
+
+    def __init__(self, accelerator: Accelerator, slots: DeviceSlots, hidden_size: int, top_k: int) -> None:
+        self._accelerator, self._slots = accelerator, slots
+        self._hidden_size, self._top_k = hidden_size, top_k
+        self._staging: _Staging | None = None
+
+    @staticmethod
+    def device_bytes(tokens: int, hidden_size: int) -> int:
+        """Device memory that so many tokens take."""
+        return max(tokens, LEAST_TOKENS) * hidden_size * 4
+
+    def begin(
+        self,
+        parts: LayerParts,
+        module: nn.Module,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+    ) -> Groups:
+        """Export hidden_states [T, H] and the router's answer [T, K]; waits for the device. Returns the groups.
+
+        Raises OutOfDeviceMemoryError when there is no room for the output of so many tokens.
+        """
+        tokens, top_k = top_k_index.shape
+        room = self._room(tokens, top_k)
+        accelerator = self._accelerator
+        hidden_states, top_k_weights = hidden_states.detach(), top_k_weights.detach()
+
+        def export(hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> None:
+            _write(as_tensor(hidden, torch.float32, *hidden_states.shape), hidden_states)
+            _write(as_tensor(index, torch.int64, tokens, top_k), top_k_index)
+            _write(as_tensor(weights, torch.float32, tokens, top_k), top_k_weights)
+
+        sent = hidden_states.numel() * 4 + 12 * tokens * top_k
+        accelerator.launch(
+            accelerator.compute, export, (), (room.hidden, room.index, room.weights),
+            Work(link_bytes=sent, rows=(), launches=3), "export",
+        )  # fmt: skip
+        accelerator.compute.synchronize()
+        self._parts, self._module, self._hidden_states = parts, module, hidden_states
+        self._groups = groups = group_tokens(
+            _host(room.index, np.int64, tokens, top_k), _host(room.weights, np.float32, tokens, top_k),
+            parts.num_experts,
+        )  # fmt: skip
+        rows = len(groups.tokens)
+        _host(room.row_tokens, np.int64, rows, write=True)[:] = groups.tokens
+        _host(room.row_weights, np.float32, rows, write=True)[:] = groups.weights
+        self._started = False
+        return groups
+
+    def on_device(self, positions: NDArray[np.int64], slots: Sequence[int]) -> None:
+        """As of `LayerWork`."""
+        room, groups, parts, x = self._staging, self._groups, self._parts, self._hidden_states
+        assert room is not None
+        ranges = [(int(groups.offsets[p]), int(groups.offsets[p + 1])) for p in positions]
+        first, self._started = not self._started, True
+        rows = len(groups.tokens)
+
+        def add(tokens: torch.Tensor, weights: torch.Tensor, *more: torch.Tensor) -> None:
+            *records, out = more
+            y = as_tensor(out, torch.float32, *x.shape)
+            if first:
+                y.zero_()
+            all_tokens, all_weights = as_tensor(tokens, torch.int64, rows), as_tensor(weights, torch.float32, rows)
+            for (start, stop), record in zip(ranges, records, strict=True):
+                parts.device.add_rows(y, x, all_tokens[start:stop], all_weights[start:stop], record)
+
+        reads = [room.row_tokens, room.row_weights]
+        reads += [self._slots.buffer(slot).part(0, parts.record_bytes) for slot in slots]
+        counts = [stop - start for start, stop in ranges]
+        work = Work(parts.record_bytes, parts.flops_per_row, counts, launches=LAUNCHES_PER_EXPERT * len(counts) + first)
+        self._accelerator.launch(self._accelerator.compute, add, reads, (room.out,), work, "experts")
+
+    def on_cpu(self, positions: NDArray[np.int64]) -> None:
+        """As of `LayerWork`."""
+        room, parts = self._staging, self._parts
+        assert room is not None
+        chosen = self._groups if len(positions) == len(self._groups.experts) else self._groups.select(positions)
+        shape = tuple(self._hidden_states.shape)
+        out = torch.from_numpy(_host(room.cpu_out, np.float32, *shape, write=True))
+        hidden = torch.from_numpy(_host(room.hidden, np.float32, *shape)).to(self._hidden_states.dtype)
+
+        def run() -> None:
+            out.zero_()
+            parts.cpu(self._module, chosen, hidden, out)
+
+        work = Work(parts.record_bytes, parts.flops_per_row, np.diff(chosen.offsets))
+        self._accelerator.run_host(run, work, "experts")
+
+    def join(self, *, cpu: bool) -> None:
+        """As of `LayerWork`."""
+        room, hidden_states = self._staging, self._hidden_states
+        assert room is not None
+        self.result = result = torch.empty_like(hidden_states)
+        reads = [buffer for buffer, used in ((room.out, self._started), (room.cpu_out, cpu)) if used]
+
+        def add(*outs: torch.Tensor) -> None:
+            shares = [as_tensor(out, torch.float32, *result.shape) for out in outs]
+            if not shares:
+                result.zero_()
+            else:
+                result.copy_(shares[0] if len(shares) == 1 else shares[0] + shares[1])
+
+        work = Work(link_bytes=4 * result.numel() if cpu else 0, rows=(), launches=max(1, len(reads)))
+        self._accelerator.launch(self._accelerator.compute, add, reads, (), work, "join")
+
+    def _room(self, tokens: int, top_k: int) -> _Staging:
+        if self._staging is not None and self._staging.tokens >= tokens and top_k <= self._top_k:
+            return self._staging
+        self.close()
+        self._top_k = max(self._top_k, top_k)
+        size = max(tokens, LEAST_TOKENS)
+        state, choices = size * self._hidden_size * 4, size * self._top_k
+        out = self._accelerator.allocate(state, "output of the experts")
+        sizes = {
+            "hidden states": state, "routing": 8 * choices, "routing weights": 4 * choices,
+            "row tokens": 8 * choices, "row weights": 4 * choices, "output of the CPU's experts": state,
+        }  # fmt: skip
+        arena = self._accelerator.host_arena(sum(nbytes + 4096 for nbytes in sizes.values()))
+        self._staging = _Staging(size, arena, *(arena.take(nbytes, name) for name, nbytes in sizes.items()), out)
+        return self._staging
+
+    def close(self) -> None:
+        """Give the memory back; what uses it must have passed."""
+        if self._staging is not None:
+            self._accelerator.compute.synchronize()
+            self._accelerator.free(self._staging.out)
+            self._staging.arena.close()
+            self._staging = None
+
+
+def _host(buffer: Buffer, dtype: Any, *shape: int, write: bool = False) -> NDArray[Any]:
+    count = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    return buffer.part(0, count).host(write=write).view(dtype).reshape(shape)
+
+
+def _write(target: torch.Tensor, value: torch.Tensor) -> None:
+    """By a kernel: between equal types `copy_` would be a copy, behind those of whole experts."""
+    torch.add(value.to(target.dtype), 0, out=target)

@@ -1,0 +1,125 @@
+"""Looks ahead: gives idle time of the link to experts that later layers will probably want.
+
+After each layer: what every expert of it is expected to save per step goes into the cache's scores, experts of the next
+layers that can arrive in time are queued, best first, and those of this layer that the CPU had to run although they are
+worth more than the least valuable slot come behind them. Copies that wait can be called off; only as much as the link
+carries until the next decision is handed to the device (`CopyQueue.feed`), so an on-demand fetch waits for little.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe_offload.scheduling.policies import Policy
+from moe_offload.scheduling.prefetch import choose, savings
+from moe_offload.transfer.eviction import Score
+
+if TYPE_CHECKING:
+    from moe_offload.dispatcher import Parts
+
+HORIZON = 3  # layers
+PACE = 0.3  # how much the newest interval between layers counts
+LATER_STEPS = 4.0  # that a fetched expert's further use is valued for
+DISTINCTLY = 1.15  # times the worth of what is evicted, where an expert is to stay
+LEAST_SHARE = 0.02  # of a copy's seconds: what a copy has to save at least
+
+Prefetch = Callable[[int, int, float, float | None], int | None]
+
+
+class Prefetcher:
+    """One model's look-ahead. `Prefetch` is called with layer, expert, priority and the worth of the slot it may take."""
+
+    def __init__(self, parts: "Parts", policy: Policy) -> None:
+        self._parts = parts
+        self._layers = len(parts.kinds)
+        eviction = parts.cache.eviction
+        self._scores = eviction if isinstance(eviction, Score) else None
+        self._saved: list[NDArray[np.float64] | None] = [None] * self._layers
+        self._saved_for = [0] * self._layers  # tokens
+        self._early: dict[int, set[int]] = {}  # by layer: slots prefetched for its next run
+        self._pace = 0.0
+        self._last = 0.0
+        self._tokens = 0
+        self._floor = 0.0  # worth of what was evicted last
+
+    def protected(self, layer: int | None) -> set[int]:
+        """Slots that wait for their layer to run. `layer` runs now: its own are its planner's from here on."""
+        if layer is not None:
+            self._early.pop(layer, None)
+        return set().union(*self._early.values())
+
+    def value(self, layer: int, experts: NDArray[np.int32]) -> NDArray[np.float64]:
+        """[A] seconds that having these experts on the device saves in later steps, net of what they replace."""
+        saved = self._saved[layer]
+        if saved is None:
+            return np.zeros(len(experts))
+        copy = self._parts.costs.layer_costs(self._parts.kinds[layer]).copy
+        return np.asarray(np.clip((saved[experts] - self._floor) * LATER_STEPS, 0.0, copy / 2))
+
+    def look_ahead(self, layer: int, tokens: int, plan_seconds: float, prefetch: Prefetch) -> None:
+        """Layer `layer` of `tokens` tokens is dispatched, its CPU share about to run."""
+        now = self._parts.accelerator.now()
+        if tokens != self._tokens:
+            self._tokens, self._pace = tokens, 0.0
+        elif now > self._last:
+            interval = now - self._last
+            self._pace += PACE * (min(interval, 4 * self._pace) - self._pace) if self._pace else interval
+        self._last = now
+        self._expect(layer, tokens, anew=True)
+        pace = self._pace or plan_seconds
+        queue = self._parts.queue
+        copy = self._parts.costs.layer_costs(self._parts.kinds[layer]).copy
+        free = pace - queue.backlog() - copy * len(queue.waiting)
+        for distance in range(1, min(HORIZON, self._layers - 1) + 1):
+            free = self._stream((layer + distance) % self._layers, tokens, free, prefetch)
+            free += pace
+        self._keep(layer, tokens, free, prefetch)
+        queue.feed(pace)
+
+    def _expect(self, layer: int, tokens: int, *, anew: bool = False) -> NDArray[np.float64]:
+        saved = self._saved[layer]
+        if saved is None or anew or self._saved_for[layer] != tokens:
+            parts = self._parts
+            saved = savings(
+                parts.forecast.presence(layer, tokens),
+                parts.forecast.expected_rows(layer, tokens),
+                parts.costs.layer_costs(parts.kinds[layer]),
+            )
+            self._saved[layer], self._saved_for[layer] = saved, tokens
+            if self._scores is not None:
+                self._scores.set_scores(layer, saved)
+        return saved
+
+    def _stream(self, layer: int, tokens: int, free: float, prefetch: Prefetch) -> float:
+        """Queue copies for the next run of `layer`; returns what is left of `free` seconds of the link."""
+        copy = self._parts.costs.layer_costs(self._parts.kinds[layer]).copy
+        if free < copy:
+            return free
+        saved = self._expect(layer, tokens)
+        absent = self._absent(layer)
+        # A slot that streams is used again every few layers, so it may displace what is worth more per step.
+        turns = self._layers / (HORIZON + 1)
+        for candidate in choose(layer, saved, saved, absent, free, copy, LEAST_SHARE * copy):
+            slot = prefetch(layer, candidate.expert, candidate.saves, candidate.saves * turns)
+            if slot is None:
+                break
+            self._early.setdefault(layer, set()).add(slot)
+            free -= copy
+        return free
+
+    def _keep(self, layer: int, tokens: int, free: float, prefetch: Prefetch) -> None:
+        """Queue experts of the layer that just ran which are worth more than what the cache holds."""
+        copy = self._parts.costs.layer_costs(self._parts.kinds[layer]).copy
+        if free < copy:
+            return
+        saved = self._expect(layer, tokens)
+        for candidate in choose(layer, saved, saved, self._absent(layer), free, copy, self._floor * DISTINCTLY):
+            if prefetch(layer, candidate.expert, 0.0, candidate.keep / DISTINCTLY) is None:
+                self._floor = max(self._floor, candidate.keep / DISTINCTLY)
+                return
+        self._floor *= 0.9
+
+    def _absent(self, layer: int) -> NDArray[np.bool_]:
+        return np.asarray((self._parts.cache.slot_of(layer) < 0) & self._parts.records.is_here(layer))

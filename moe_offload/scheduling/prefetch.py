@@ -1,0 +1,60 @@
+"""Which experts to copy before anybody asks for them: what the link can carry in time, most seconds saved first.
+
+An expert that is on the device when its layer runs saves what the CPU takes for it more than the device, times the
+probability that it has any token at all. A copy is worth its place in the queue when it can arrive in time and saves more
+than the slot's present content is expected to save over the same stretch.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe_offload.scheduling.layer_plan import LayerCosts
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """An expert worth copying. `saves`: expected seconds for its layer's next run; `keep`: for every run from then on."""
+
+    layer: int
+    expert: int
+    saves: float
+    keep: float
+
+
+def savings(presence: NDArray[np.float64], rows: NDArray[np.float64], costs: LayerCosts) -> NDArray[np.float64]:
+    """Seconds that each expert [E] saves per step when it is on the device; never negative.
+
+    presence: probability of at least one token. rows: expected tokens (of all, so rows / presence is that of an active expert).
+    """
+    active = np.rint(rows / np.maximum(presence, 1e-9)).astype(np.int64)
+    last = len(costs.cpu) - 1
+    index = np.clip(active, 1, last)
+    beyond = np.maximum(active / last, 1.0)
+    gained = (costs.cpu[index] - costs.gpu[index]) * beyond
+    return np.asarray(presence * np.maximum(gained, 0.0))
+
+
+def choose(
+    layer: int,
+    saved: NDArray[np.float64],
+    keep: NDArray[np.float64],
+    absent: NDArray[np.bool_],
+    seconds: float,
+    copy: float,
+    least: float,
+) -> list[Candidate]:
+    """The absent experts of one layer that are worth a copy, best first: as many as `seconds` of the link carry.
+
+    saved, keep [E]: expected seconds as of `Candidate`. copy: seconds of one copy. least: saving below which a copy is not worth it.
+    """
+    most = int(seconds / copy) if copy > 0 else len(saved)
+    if most < 1:
+        return []
+    worth = np.flatnonzero(absent & (saved > least))
+    if len(worth) > most:
+        best = np.argpartition(saved[worth], len(worth) - most)[len(worth) - most :]
+        worth = worth[best]
+    worth = worth[np.argsort(-saved[worth], kind="stable")]
+    return [Candidate(layer, int(e), float(saved[e]), float(keep[e])) for e in worth]
