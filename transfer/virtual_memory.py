@@ -19,7 +19,8 @@ from moe_offload.transfer.accelerator import Buffer, DeviceError, HostArena
 from moe_offload.transfer.virtual_host import Mark, VirtualHost
 
 ALIGNMENT = 4096
-_HOST: Mark = (0, 0, "the host", "")  # everybody has seen count 0 of stream 0
+# Not counted, as whatever comes later is ordered after it: everybody has seen count 0, of whichever stream is the last.
+_HOST: Mark = (-1, 0, "the host", "")
 
 
 class RaceError(DeviceError):
