@@ -14,6 +14,7 @@ Who may write a slot, and when:
 Nothing here knows tensors: `LayerWork` does what is decided. The same code runs models and simulates servers.
 """
 
+import itertools
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
@@ -183,8 +184,12 @@ class Dispatcher:
         ready = np.zeros(len(experts))
         for position in np.flatnonzero(slots >= 0):
             if parts.cache.state_of(int(slots[position])) == ON_ITS_WAY:
-                where[position] = COMING
-                ready[position] = parts.queue.ready_in((layer, int(experts[position])))
+                key = (layer, int(experts[position]))
+                if parts.queue.ready(key) is None:  # it waits: submitting it now takes the link like any other fetch
+                    where[position] = HOST
+                else:
+                    where[position] = COMING
+                    ready[position] = parts.queue.ready_in(key)
         value = np.zeros(len(experts))
         if self.prefetcher is not None and self.dynamic:
             value += self.prefetcher.value(layer, experts)
@@ -200,39 +205,34 @@ class Dispatcher:
     ) -> NDArray[np.int64]:
         """Enqueue the device's share. Returns the positions that the CPU is to run."""
         experts = state.experts
-        for position in np.flatnonzero((plan.action == CPU) & (state.where == COMING)):
+        for position in np.flatnonzero((plan.action == CPU) & (state.where != SLOT) & (slots >= 0)):
             self._call_off((layer, int(experts[position])))
         slot_of = dict(enumerate(slots.tolist()))
         protected = self.prefetcher.protected(layer) if self.prefetcher is not None else set()
         protected.update(slot_of[p] for p in plan.gpu_order.tolist() if plan.action[p] != FETCH)
         waiting = deque(plan.fetch_order.tolist())
         self._fetch(layer, experts, waiting, slot_of, protected)
+        order = plan.gpu_order.tolist()
+        resident = [p for p in order if state.where[p] == SLOT]
+        if resident:
+            self._launch(layer, state, resident, slot_of, protected, work)
+            self._fetch(layer, experts, waiting, slot_of, protected)
+        arriving = deque(p for p in order if state.where[p] != SLOT)
         turned_away: list[int] = []
-        run: list[int] = []  # positions whose bytes are there, to be launched together
-        order = deque(plan.gpu_order.tolist())
-        while order:
-            position = order.popleft()
-            key = (layer, int(experts[position]))
-            if state.where[position] == SLOT:
-                run.append(position)
-                if order and state.where[order[0]] == SLOT:
-                    continue
-                self._launch(layer, state, run, slot_of, protected, work)
-                run = []
-            else:
-                if position in waiting:  # all slots were taken: one of those that have run since is free now
-                    self._fetch(layer, experts, waiting, slot_of, protected)
-                    if position in waiting:
-                        waiting.remove(position)
-                        turned_away.append(position)
-                        continue
-                self.parts.queue.promote(key)
-                event = self.parts.queue.ready(key)
-                if event is not None:
-                    self.parts.accelerator.compute.wait(event)
-                self._launch(layer, state, [position], slot_of, protected, work)
-            if waiting:
-                self._fetch(layer, experts, waiting, slot_of, protected)
+        while arriving:
+            there = list(itertools.takewhile(lambda p: p not in waiting, arriving))
+            if not there:  # no slot can be had even now that all others have run
+                turned_away = list(arriving)
+                break
+            # Half of what is on its way, then half of the rest: few launches, and little left to do when the last arrives.
+            group = there[: (len(there) + 1) // 2]
+            for position in group:
+                arriving.popleft()
+                event = self.parts.queue.ready((layer, int(experts[position])))
+                assert event is not None
+                self.parts.accelerator.compute.wait(event)
+            self._launch(layer, state, group, slot_of, protected, work)
+            self._fetch(layer, experts, waiting, slot_of, protected)
         cpu = np.flatnonzero(plan.action == CPU)
         return np.sort(np.concatenate([cpu, np.array(turned_away, np.int64)])) if turned_away else cpu
 
@@ -247,12 +247,16 @@ class Dispatcher:
         """Start the copies of `waiting` positions as far as there are slots for them."""
         while waiting:
             expert = int(experts[waiting[0]])
-            placement = self.parts.cache.place(layer, expert, protected=protected)
-            if placement is None:
-                return
-            slot_of[waiting.popleft()] = placement.slot
-            protected.add(placement.slot)
-            self.parts.queue.fetch(self._transfer(layer, expert, placement.slot))
+            if slot_of[waiting[0]] >= 0:  # prefetched, but not submitted yet
+                protected.add(slot_of[waiting.popleft()])
+                self.parts.queue.promote((layer, expert))
+            else:
+                placement = self.parts.cache.place(layer, expert, protected=protected)
+                if placement is None:
+                    return
+                slot_of[waiting.popleft()] = placement.slot
+                protected.add(placement.slot)
+                self.parts.queue.fetch(self._transfer(layer, expert, placement.slot))
             if not self.overlap:
                 event = self.parts.queue.ready((layer, expert))
                 assert event is not None

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 HORIZON = 3  # layers
 PACE = 0.3  # how much the newest interval between layers counts
-LATER_STEPS = 4.0  # that a fetched expert's further use is valued for
+LATER_STEPS = 0.0  # that a fetched expert's further use is valued for
 DISTINCTLY = 1.15  # times the worth of what is evicted, where an expert is to stay
 LEAST_SHARE = 0.02  # of a copy's seconds: what a copy has to save at least
 
