@@ -17,7 +17,8 @@ from moe_offload.scheduling.layer_plan import COMING, CPU, FETCH, GPU, HOST, SLO
 
 # rows, where, ready, value; tables of CPU and GPU; copy, cpu_start, gpu_start, join, link_busy, gpu_busy, room
 ARGUMENTS = (
-    "int64[::1], int8[::1], float64[::1], float64[::1], float64[::1], float64[::1],"
+    "int64[::1], int8[::1], float64[::1], float64[::1],"
+    " Array(float64,1,'C',readonly=True), Array(float64,1,'C',readonly=True),"
     " float64, float64, float64, float64, float64, float64, int64"
 )
 
@@ -48,16 +49,18 @@ def _at_rows(table: NDArray[np.float64], rows: int) -> float:
 
 
 @native
-def sort_by(keys: NDArray[np.float64], order: NDArray[np.int64]) -> None:
-    """Sort the numbers in `order` by their keys, then by themselves (Shell's sort: short, in place)."""
+def sort_by(keys: NDArray[np.float64], ties: NDArray[np.float64], order: NDArray[np.int64]) -> None:
+    """Sort the numbers in `order` by keys, then by `ties`, falling, then by themselves (Shell's sort: short, in place)."""
     for gap in (57, 23, 10, 4, 1):
         for end in range(gap, len(order)):
             item = order[end]
-            key = keys[item]
+            key, tie = keys[item], ties[item]
             place = end
             while place >= gap:
                 other = order[place - gap]
-                if keys[other] < key or (keys[other] == key and other < item):
+                if keys[other] < key:
+                    break
+                if keys[other] == key and (ties[other] > tie or (ties[other] == tie and other < item)):
                     break
                 order[place] = other
                 place -= gap
@@ -70,34 +73,29 @@ def read_layer(rows, where, ready, value, cpu, gpu, copy, cpu_start, gpu_start, 
     active = len(rows)
     order = np.empty(active, np.int64)
     keys = np.empty(active)
-    seconds = np.empty((4, active))
-    slots = 0
-    for position in range(active):
-        if where[position] == SLOT:
-            order[slots] = position
-            slots += 1
-    coming = slots
-    for position in range(active):
-        if where[position] == COMING:
-            order[coming] = position
-            keys[position] = ready[position]
-            coming += 1
-    sort_by(keys, order[slots:coming])
-    host = coming
-    for position in range(active):
-        if where[position] == HOST:
-            order[host] = position
-            keys[position] = -_at_rows(gpu, rows[position])
-            host += 1
-    sort_by(keys, order[coming:])
+    cpu_seconds, gpu_seconds = np.empty(active), np.empty(active)
+    arrival, saving = np.empty(active), np.empty(active)
+    slots = coming = end = 0
+    for place in (SLOT, COMING, HOST):
+        start = end
+        for position in range(active):
+            if where[position] == place:
+                order[end] = position
+                end += 1
+                keys[position] = ready[position] if place == COMING else -_at_rows(gpu, rows[position])
+        sort_by(keys, value, order[start:end])
+        if place == SLOT:
+            slots = end
+        elif place == COMING:
+            coming = end
     for i in range(active):
         position = order[i]
-        seconds[0, i] = _at_rows(cpu, rows[position])
-        seconds[1, i] = _at_rows(gpu, rows[position])
-        seconds[2, i] = ready[position] if i >= slots else 0.0
-        seconds[3, i] = value[position] if i >= coming else 0.0
+        cpu_seconds[i] = _at_rows(cpu, rows[position])
+        gpu_seconds[i] = _at_rows(gpu, rows[position])
+        arrival[i] = ready[position] if i >= slots else 0.0
+        saving[i] = value[position] if i >= coming else 0.0
     return Layer(
-        order, slots, coming, seconds[0], seconds[1], seconds[2], seconds[3],
+        order, slots, coming, cpu_seconds, gpu_seconds, arrival, saving,
         copy, cpu_start, gpu_start, join, link_busy, gpu_busy, room,
     )  # fmt: skip
 

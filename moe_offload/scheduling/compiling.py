@@ -22,7 +22,7 @@ def _sources() -> str:
 
 
 # The files with compiled code, or with values that are compiled into it.
-SOURCES = ("arrangement.py", "compiling.py", "layer_plan.py", "planner.py")
+SOURCES = ("arrangement.py", "compiling.py", "exact.py", "layer_plan.py", "planner.py")
 
 
 def planning(signature: str) -> Callable[[Callable[..., Any]], Any]:

@@ -1,9 +1,9 @@
 """The planner: which experts of a layer run on the device, which are fetched for it, and which the CPU takes.
 
-Up to EXACT experts every choice is tried. With more, an expert's place in a ranking says how much sooner both sides
-would end with it on the device; the ranking is cut where both end together, and experts near the cut change sides while
-that helps. What an expert costs the device depends on what is scarce: the link, or its arithmetic. So there are three
-rankings.
+A first choice comes from a ranking: an expert's place says at what price of CPU time the device is the better place for it.
+The ranking is cut where both sides end together. What an expert costs the device depends on what is scarce, the link or its
+arithmetic, so there are three rankings. Then experts near the cut change sides while that helps, and branch and bound looks
+for something better: for few experts until there is none.
 """
 
 import numpy as np
@@ -12,140 +12,144 @@ from numpy.typing import NDArray
 from moe_offload.cpu_kernels.jit import native
 from moe_offload.scheduling.arrangement import ARGUMENTS, Layer, arguments, finish, read_layer, sort_by, write_plan
 from moe_offload.scheduling.compiling import planning
+from moe_offload.scheduling.exact import branch_and_bound
 from moe_offload.scheduling.layer_plan import LayerCosts, LayerPlan, LayerState
 
-EXACT = 10
+LINK, ARITHMETIC, EITHER, ROOM, STATIC = range(5)  # what is scarce; the last: nothing is fetched
+# Bounds on the search, in experts gone through: what it costs does not grow with a layer's experts.
+_BRANCHED = 24_000  # by branch and bound: with up to 10 experts that is enough for all choices there are
+_TRIED = 4096  # near the cut
+_FEW = 16  # up to so many branch and bound alone finds more
 _WINDOW = 6  # experts on either side of the cut that may change sides
-_EVALUATED = 4096  # experts that the search near the cut may go through, in all its trials
 
 
 @native
-def _try_all(layer: Layer, best: NDArray[np.bool_]) -> None:
-    active = len(best)
-    chosen = np.zeros(active, np.bool_)
-    least = np.inf
-    for mask in range(1 << active):
-        fetched = 0
-        for i in range(active):
-            chosen[i] = mask >> i & 1
-            fetched += i >= layer.coming and chosen[i]
-        if fetched > layer.room:
-            continue
-        seconds, saved, _, _ = finish(layer, chosen)
-        if seconds - saved < least:
-            least = seconds - saved
-            best[:] = chosen
+def _rank(layer: Layer, kind: int, keys: NDArray[np.float64], ranking: NDArray[np.int64]) -> None:
+    """Rank the experts by the price of CPU time at which the device is the better place."""
+    for i in range(len(keys)):
+        device = layer.copy if i >= layer.coming else 0.0
+        if kind == ARITHMETIC:
+            device = layer.gpu[i]
+        elif kind == EITHER:
+            device = max(device, layer.gpu[i])
+        total = device + layer.cpu[i]
+        keys[i] = (device - layer.value[i]) / total if total > 0.0 else -layer.value[i]
+        if kind == ROOM:  # more than there is room for would pay: those first that relieve the CPU most
+            keys[i] = -layer.value[i] - layer.cpu[i] if i >= layer.coming else -np.inf
+        ranking[i] = i
+    sort_by(keys, layer.cpu, ranking)
+
+
+@native
+def _balance(layer: Layer, keys: NDArray[np.float64], ranking: NDArray[np.int64]) -> int:
+    """Where to cut a ranking: so far that the CPU ends no later than the device, and behind all that are worth their price."""
+    device, link, room = layer.gpu_busy + layer.gpu_start, layer.link_busy, layer.room
+    cpu = layer.cpu_start
+    for i in range(len(ranking)):
+        cpu += layer.cpu[i]
+    for rank in range(len(ranking)):
+        i = ranking[rank]
+        if max(device, link) >= cpu and keys[i] >= 0.0:
+            return rank
+        if i < layer.coming or room > 0:
+            cpu -= layer.cpu[i]
+            device += layer.gpu[i]
+            if i >= layer.coming:
+                link += layer.copy
+                room -= 1
+    return len(ranking)
 
 
 @native
 def _cut(layer: Layer, ranking: NDArray[np.int64], count: int, chosen: NDArray[np.bool_]) -> None:
-    """The first `count` of a ranking on the device; of the host's experts among them as many as there is room for."""
-    chosen[:] = False
+    """The first `count` of a ranking on the device, save host's experts beyond the room, and those that come too late."""
     room = layer.room
-    for rank in range(count):
+    device, cpu, link = layer.gpu_busy + layer.gpu_start, layer.cpu_start, layer.link_busy
+    for rank in range(len(ranking)):
         i = ranking[rank]
-        if i < layer.coming:
-            chosen[i] = True
-        elif room > 0:
-            chosen[i] = True
+        chosen[i] = rank < count and (i < layer.coming or room > 0)
+        if not chosen[i]:
+            cpu += layer.cpu[i]
+        elif i >= layer.coming:
+            device += layer.gpu[i]
+            link += layer.copy
             room -= 1
+        elif i < layer.slots:
+            device += layer.gpu[i]
+    for i in range(layer.coming - 1, layer.slots - 1, -1):
+        if chosen[i]:
+            cpu += layer.cpu[i]
+            if layer.ready[i] + layer.gpu[i] <= max(device, link, cpu):
+                break
+            chosen[i] = False
 
 
 @native
-def _rank(layer: Layer, kind: int, keys: NDArray[np.float64], ranking: NDArray[np.int64]) -> int:
-    """Rank the experts by the price of CPU time at which the device is the better place; how many need no price."""
-    free = 0
-    for i in range(len(keys)):
-        on_link = 0.0 if i < layer.coming else layer.copy
-        if kind == 0:
-            device = on_link  # the link decides
-        elif kind == 1:
-            device = layer.gpu[i]  # the device's arithmetic decides
-        else:
-            device = max(on_link, layer.gpu[i])
-        total = device + layer.cpu[i]
-        keys[i] = (device - layer.value[i]) / total if total > 0.0 else -layer.value[i]
-        free += keys[i] < 0.0
-        ranking[i] = i
-    sort_by(keys, ranking)
-    return free
-
-
-@native
-def _search(layer: Layer, best: NDArray[np.bool_]) -> None:
+def first_choice(
+    layer: Layer, best: NDArray[np.bool_], chosen: NDArray[np.bool_], keys: NDArray[np.float64],
+    ranking: NDArray[np.int64], kept: NDArray[np.int64],
+) -> tuple[float, int]:  # fmt: skip
+    """The best cut of the rankings, or static placement where that is better: its objective, and where `kept` is cut."""
     active = len(best)
-    chosen = np.zeros(active, np.bool_)
-    keys = np.empty(active)
-    ranking = np.empty(active, np.int64)
-    kept = np.empty(active, np.int64)
     least = np.inf
-    middle = 0
-    for kind in range(3):
-        low = _rank(layer, kind, keys, ranking)
-        high = active
-        while low < high:  # the first cut with which the device ends no sooner than the CPU
-            count = (low + high) // 2
-            _cut(layer, ranking, count, chosen)
-            _, _, cpu, device = finish(layer, chosen)
-            if device >= cpu:
-                high = count
-            else:
-                low = count + 1
-        for count in (low - 1, low, low + 1, active):
-            if 0 <= count <= active:
+    cut = middle = 0
+    for kind in range(5):
+        if kind == ROOM and active - layer.coming <= layer.room:
+            continue
+        if kind < STATIC:
+            _rank(layer, kind, keys, ranking)
+            middle = _balance(layer, keys, ranking)
+        for trial in range(4 if kind < STATIC else 1):
+            count = active if trial == 3 else min(max(middle + trial - 1, 0), active)
+            if kind < STATIC:
                 _cut(layer, ranking, count, chosen)
-                seconds, saved, _, _ = finish(layer, chosen)
-                if seconds - saved < least:
-                    least = seconds - saved
-                    best[:] = chosen
-                    kept[:] = ranking
-                    middle = count
-    chosen[: layer.coming] = True  # as static placement has it: never worse than that
-    chosen[layer.coming :] = False
-    seconds, saved, _, _ = finish(layer, chosen)
-    if seconds - saved < least:
-        least = seconds - saved
-        best[:] = chosen
-    _improve(layer, kept, middle, least, best)
+            else:
+                for i in range(active):
+                    chosen[i] = i < layer.coming
+            seconds, saved, _, _ = finish(layer, chosen)
+            if seconds - saved < least:
+                least = seconds - saved
+                for i in range(active):
+                    best[i] = chosen[i]
+                if kind < STATIC:
+                    cut = count
+                    for i in range(active):
+                        kept[i] = ranking[i]
+    return least, cut
 
 
 @native
-def _improve(layer: Layer, ranking: NDArray[np.int64], cut: int, least: float, best: NDArray[np.bool_]) -> None:
-    """Let experts near the cut change sides, one or two at a time, while that helps."""
-    active = len(best)
+def change_sides(layer: Layer, ranking: NDArray[np.int64], cut: int, least: float, best: NDArray[np.bool_], left: int) -> float:
+    """Let experts near the cut change sides, one or two at a time, while that helps; `left` trials at most."""
     fetched = 0
-    for i in range(layer.coming, active):
+    for i in range(layer.coming, len(best)):
         fetched += best[i]
-    first, last = max(0, cut - _WINDOW), min(active, cut + _WINDOW)
-    left = _EVALUATED // active
+    first, last = max(0, cut - _WINDOW), min(len(best), cut + _WINDOW)
     helped = True
     while helped and left > 0:
         helped = False
         for one in range(first, last):
             for two in range(one, last):
                 i, j = ranking[one], ranking[two]
-                if i != j and best[i] == best[j]:
+                if left == 0 or (i != j and best[i] == best[j]):
                     continue
-                more = 0
-                if i >= layer.coming:
-                    more += -1 if best[i] else 1
-                if j >= layer.coming and j != i:
-                    more += -1 if best[j] else 1
-                if left == 0 or fetched + more > layer.room:
-                    continue
+                was = (best[i] and i >= layer.coming) + (i != j and best[j] and j >= layer.coming)
                 best[i] = not best[i]
-                if j != i:
-                    best[j] = not best[j]
-                seconds, saved, _, _ = finish(layer, best)
-                left -= 1
-                if seconds - saved < least:
-                    least = seconds - saved
-                    fetched += more
+                best[j] = not best[j] if i != j else best[j]
+                now = (best[i] and i >= layer.coming) + (i != j and best[j] and j >= layer.coming)
+                objective = np.inf
+                if fetched + now - was <= layer.room:
+                    seconds, saved, _, _ = finish(layer, best)
+                    objective = seconds - saved
+                    left -= 1
+                if objective < least:
+                    least = objective
+                    fetched += now - was
                     helped = True
                 else:
                     best[i] = not best[i]
-                    if j != i:
-                        best[j] = not best[j]
+                    best[j] = not best[j] if i != j else best[j]
+    return least
 
 
 @planning(f"Tuple((float64, int64, int64))({ARGUMENTS}, int8[::1], int64[::1], int64[::1])")
@@ -153,12 +157,15 @@ def _plan(  # type: ignore[no-untyped-def]
     rows, where, ready, value, cpu, gpu, copy, cpu_start, gpu_start, join, link_busy, gpu_busy, room,
     action, gpu_order, fetch_order,
 ):  # fmt: skip
-    layer = read_layer(rows, where, ready, value, cpu, gpu, copy, cpu_start, gpu_start, join, link_busy, gpu_busy, room)
-    best = np.zeros(len(rows), np.bool_)
-    if len(rows) <= EXACT:
-        _try_all(layer, best)
-    else:
-        _search(layer, best)
+    layer = read_layer(
+        rows, where, ready, value, cpu, gpu, copy, cpu_start, gpu_start, join, link_busy, gpu_busy, room
+    )
+    active = len(rows)
+    best, chosen = np.empty(active, np.bool_), np.empty(active, np.bool_)
+    least, cut = first_choice(layer, best, chosen, np.empty(active), gpu_order, fetch_order)
+    if active > _FEW:
+        least = change_sides(layer, fetch_order, cut, least, best, _TRIED // active)
+    branch_and_bound(layer, best, chosen, least, _BRANCHED // max(active, 1))
     seconds, _, _, _ = finish(layer, best)
     ran, fetched = write_plan(layer, best, action, gpu_order, fetch_order)
     return seconds, ran, fetched
