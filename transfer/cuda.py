@@ -171,7 +171,8 @@ class CudaAccelerator(Accelerator):
 
     def stream(self, name: str) -> CudaStream:
         with self.health:
-            return CudaStream(self.runtime, name, torch.cuda.Stream(self._device))
+            raw = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        return CudaStream(self.runtime, name, raw)
 
     def copy_in(self, device: Buffer, host: Buffer, stream: Stream) -> None:
         self._copy(self._host_side(host), self._device_side(device), self._own(stream), inwards=True)

@@ -30,7 +30,7 @@ class CudaRuntime:
         self.waits: _Waits | None = None  # of the host, while they are written down
         self._free: tuple[list[torch.cuda.Event], list[torch.cuda.Event]] = ([], [])
         with health:
-            self._clock = torch.cuda.Stream(self.device)
+            self._clock = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         self.tie()
 
     def tie(self) -> None:
@@ -38,7 +38,7 @@ class CudaRuntime:
         best = float("inf")
         with self.health:
             for _ in range(3):
-                event = torch.cuda.Event(enable_timing=True)
+                event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
                 before = time.perf_counter()
                 event.record(self._clock)
                 event.synchronize()
@@ -57,8 +57,9 @@ class CudaRuntime:
         """An event to record. Used ones serve again: whoever was told to wait for one waits for what it stood for
         then.
         """
-        free = self._free[timed]
-        return free.pop() if free else torch.cuda.Event(enable_timing=timed)
+        if self._free[timed]:
+            return self._free[timed].pop()
+        return torch.cuda.Event(enable_timing=timed)  # type: ignore[no-untyped-call]
 
     def give_back(self, event: torch.cuda.Event, timed: bool) -> None:
         """`event` has no user any more."""
@@ -75,7 +76,7 @@ class CudaEvent(Event):
 
     def query(self) -> bool:
         with self.runtime.health:
-            return bool(self.raw.query())
+            return bool(self.raw.query())  # type: ignore[no-untyped-call]
 
     def synchronize(self) -> None:
         waits = self.runtime.waits

@@ -17,7 +17,7 @@ from moe_offload.transfer.accelerator import Accelerator, DeviceError
 OLD_CARDS = 'pip install "torch>=2.6,<2.15" --index-url https://download.pytorch.org/whl/cu126'
 NEW_CARDS = "pip install torch --index-url https://download.pytorch.org/whl/cu130"
 
-_REQUEST = re.compile(r"(auto|cpu|cuda)|cuda:(\d{1,3})|virtual:(\S+)")
+_REQUEST = re.compile(r"(auto|cpu|cuda)|cuda:([0-9]{1,3})|virtual:(\S+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ def detect_cuda() -> CudaFacts:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's own words about cards that it has no kernels for
-            torch.cuda.init()
+            torch.cuda.init()  # type: ignore[no-untyped-call]
             found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
         cards = tuple(Card(str(card.name), (card.major, card.minor), int(card.total_memory)) for card in found)
         return CudaFacts(version, cuda, tuple(torch.cuda.get_arch_list()), cards)
