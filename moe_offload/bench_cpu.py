@@ -161,17 +161,6 @@ def tier_name(target: Target) -> str:
     return "AVX" if target.lanes == 8 else "SSE2"
 
 
-def cpu_name() -> str:
-    """As the system calls it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
-
-
 @dataclass(frozen=True, slots=True)
 class Figures:
     """Medians of one format. Rates in 1e9 bytes or operations per second; None: not measured."""

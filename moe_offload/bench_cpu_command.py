@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moe_offload import __version__, terminal
-from moe_offload.bench_cpu import ACTIVE, MANY, CpuBench, ExpertFormat, Figures, cpu_name, tier_name
+from moe_offload.bench_cpu import ACTIVE, MANY, CpuBench, ExpertFormat, Figures, tier_name
 from moe_offload.cpu_kernels.amx import permission
 from moe_offload.cpu_kernels.processors import default_threads
 from moe_offload.cpu_kernels.target import current_target

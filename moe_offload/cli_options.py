@@ -1,7 +1,5 @@
 """The options that commands share, as typer wants them declared, and values with a unit."""
 
-import re
-from fractions import Fraction
 from pathlib import Path
 from typing import Annotated
 
@@ -131,32 +129,6 @@ Revision = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable results on stdout, no progress.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show what transformers and this program log.")]
-
-_UNITS = {
-    "": 1,
-    "K": 10**3,
-    "M": 10**6,
-    "G": 10**9,
-    "T": 10**12,
-    "KI": 2**10,
-    "MI": 2**20,
-    "GI": 2**30,
-    "TI": 2**40,
-}
-
-
-def parse_size(text: str | None) -> int | None:
-    """'8GB' -> 8000000000, '8GiB' -> 8589934592. Raises OptionError for what is no size."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?\s*", text, re.IGNORECASE | re.ASCII)
-    if match is None:
-        raise OptionError(f"--memory-limit {text} is no size: write it like 512MB, 8GB or 8GiB")
-    number, unit = match.groups()
-    size = int(Fraction(number) * _UNITS[(unit or "").upper()])
-    if not 1 <= size < 2**63:
-        raise OptionError(f"--memory-limit {text} is out of bounds: 1 byte is the least, 8 EiB too much")
-    return size
 
 
 def read_utf8(data: bytes, where: str) -> str:

@@ -14,6 +14,7 @@ from moe_offload import __version__, cli_options, terminal
 from moe_offload.models.errors import OptionError
 from moe_offload.opening import ModelOptions, find_folder, import_libraries, open_model
 from moe_offload.sampling import Sampling
+from moe_offload.sizes import parse_size
 
 app = typer.Typer(
     help="Run Hugging Face Mixture-of-Experts models on the servers people already have.",
@@ -72,7 +73,7 @@ def generate(
 ) -> int:
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, greedy, seed, max_new_tokens)
     options = ModelOptions(
-        model, weights, dtype, threads, cli_options.parse_size(memory_limit), attn_implementation,
+        model, weights, dtype, threads, parse_size(memory_limit, "--memory-limit"), attn_implementation,
         revision, verbose, show_progress=not as_json, activations=activations, pack_dir=pack_dir, dense=dense,
     )  # fmt: skip
     text = _prompt(prompt, prompt_file)
@@ -112,7 +113,7 @@ def chat(
 ) -> int:
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, greedy, seed, max_new_tokens)
     options = ModelOptions(
-        model, weights, dtype, threads, cli_options.parse_size(memory_limit), attn_implementation,
+        model, weights, dtype, threads, parse_size(memory_limit, "--memory-limit"), attn_implementation,
         revision, verbose, show_progress=not as_json, activations=activations, pack_dir=pack_dir, dense=dense,
     )  # fmt: skip
     _require_text(system, "--system")
@@ -143,7 +144,7 @@ def convert(
     verbose: cli_options.Verbose = False,
 ) -> int:
     options = ModelOptions(
-        model, weights, threads=threads, memory_limit=cli_options.parse_size(memory_limit), revision=revision,
+        model, weights, threads=threads, memory_limit=parse_size(memory_limit, "--memory-limit"), revision=revision,
         verbose=verbose, show_progress=not as_json, pack_dir=output,
     )  # fmt: skip
     folder = find_folder(options)
@@ -163,7 +164,7 @@ def info(
     verbose: cli_options.Verbose = False,
 ) -> None:
     options = ModelOptions(
-        model, memory_limit=cli_options.parse_size(memory_limit), revision=revision, verbose=verbose,
+        model, memory_limit=parse_size(memory_limit, "--memory-limit"), revision=revision, verbose=verbose,
         show_progress=not as_json, pack_dir=pack_dir,
     )  # fmt: skip
     folder = find_folder(options, shards=False)

@@ -13,6 +13,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moe_offload.conversion import StoredExperts
+from moe_offload.device_choice import open_device
 from moe_offload.engine import Engine
 from moe_offload.memory import memory_room, require_memory
 from moe_offload.models import experts_function
@@ -20,6 +21,8 @@ from moe_offload.models.errors import OptionError
 from moe_offload.models.skeleton import Skeleton, SkeletonQuantizer
 from moe_offload.options import Activations, Dense, Options, Progress, Weights
 from moe_offload.packs import open_pack
+from moe_offload.sizes import parse_size
+from moe_offload.transfer.accelerator import Accelerator
 from moe_offload.weight_choice import WeightChoice, choose_weights
 
 METHOD = "moe_offload"
@@ -30,7 +33,7 @@ class MoeOffloadConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """Load a model with its experts left in the checkpoint: `from_pretrained(path,
     quantization_config=MoeOffloadConfig())`.
 
-    Parameters are those of `Options`. `inner` is the configuration of a checkpoint that is quantised already, as in its
+    Parameters are those of `Options`; sizes may be strings such as "6GiB". `inner` is the configuration of a checkpoint that is quantised already, as in its
     config.json; `moe_offload.load` fills it in. `progress` is called while experts are converted and kernels compiled.
     """
 
@@ -45,6 +48,11 @@ class MoeOffloadConfig(QuantizationConfigMixin):  # type: ignore[misc]
         dense: Dense = "auto",
         fused_decode: bool = True,
         *,
+        device: str = "auto",
+        gpu_memory: str | int | None = None,
+        ram: str | int | None = None,
+        policy: str = "ours",
+        overlap: bool = True,
         inner: dict[str, Any] | None = None,
         progress: Progress | None = None,
         quant_method: str = METHOD,
@@ -52,7 +60,10 @@ class MoeOffloadConfig(QuantizationConfigMixin):  # type: ignore[misc]
         if quant_method != METHOD:
             raise OptionError(f"quant_method={quant_method!r} is not {METHOD!r}")
         self.quant_method = METHOD
-        self.options = Options(weights, threads, memory_limit, gemm_rows, activations, pack_dir, dense, fused_decode)
+        self.options = Options(
+            weights, threads, memory_limit, gemm_rows, activations, pack_dir, dense, fused_decode, device,
+            parse_size(gpu_memory, "gpu_memory"), parse_size(ram, "ram"), policy, overlap,
+        )  # fmt: skip
         self.inner = inner
         self.progress = progress
 
@@ -77,6 +88,7 @@ class MoeOffloadQuantizer(SkeletonQuantizer):
     """Checks the options against the model, has the experts converted, and puts the engine behind them."""
 
     choice = WeightChoice(None)
+    accelerator: Accelerator | None = None
 
     def check(self, model: PreTrainedModel, skeleton: Skeleton) -> None:
         options: Options = self.quantization_config.options
@@ -85,11 +97,12 @@ class MoeOffloadQuantizer(SkeletonQuantizer):
         room = memory_room(options.memory_limit)
         self.choice = choose_weights(options.weights, stored_experts(skeleton), needed, room)
         require_memory(needed, options.memory_limit, "the non-expert weights")
+        self.accelerator = open_device(options, needed)
 
     def attach(self, model: PreTrainedModel, skeleton: Skeleton, dtype: torch.dtype) -> None:
         config: MoeOffloadConfig = self.quantization_config
         pack = open_pack(self.choice, stored_experts(skeleton), config.options, config.progress)
-        model.offload = Engine(model, skeleton, config.options, dtype, config.progress, pack)
+        model.offload = Engine(model, skeleton, config.options, dtype, config.progress, pack, self.accelerator)
 
 
 def stored_experts(skeleton: Skeleton) -> StoredExperts:

@@ -136,6 +136,46 @@ class Dispatcher:
         for key in list(self._slot_of_key):
             self._call_off(key)
 
+    # The cache as a whole
+
+    def fill(self, layer: int, expert: int) -> None:
+        """Copy an expert into an empty slot; `finish_filling` waits for all of them."""
+        placement = self.parts.cache.place(layer, expert)
+        if placement is None or placement.evicted is not None:
+            raise ValueError(f"there is no empty slot for expert {expert} of layer {layer}")
+        self.parts.queue.fetch(self._transfer(layer, expert, placement.slot))
+
+    def finish_filling(self, *, pin: bool) -> None:
+        """Wait for what `fill` began; `pin`: what is in a slot now stays there for good."""
+        self._drain()
+        if pin:
+            cache = self.parts.cache
+            for slot in range(cache.slots):
+                if cache.owner(slot) is not None:
+                    cache.pin(slot)
+
+    def resize(self, slots: int) -> None:
+        """Have at most `slots` slots, or as many more as fit. Waits for the device."""
+        self.cancel_prefetches()
+        self._drain()
+        self.parts.accelerator.compute.synchronize()
+        self._learn_device()
+        if self.prefetcher is not None:
+            self.prefetcher.forget()
+        if slots < len(self.parts.slots):
+            self.parts.cache.shrink(self.parts.slots.after_shrinking(slots))
+            self.parts.slots.shrink(slots)
+        else:
+            self.parts.cache.grow(self.parts.slots.grow(slots))
+
+    def _drain(self) -> None:
+        """Wait for all copies that are submitted."""
+        for key in list(self._slot_of_key):
+            event = self.parts.queue.ready(key)
+            if event is not None:
+                event.synchronize()
+        self._note_arrivals()
+
     # A layer
 
     def run(

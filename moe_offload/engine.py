@@ -9,6 +9,7 @@ A call comes from transformers, layer by layer, possibly from several threads (c
 `model.offload` is the engine. `detach()` gives the model back as a plain load would have made it, `close()` ends it.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -31,19 +32,24 @@ from moe_offload.cpu_layer import CpuLayer, PackedLayer
 from moe_offload.cpu_setup import make_layers, make_packed_layers, make_team
 from moe_offload.decode_layer import DecodeLayer
 from moe_offload.dense import pack_dense
+from moe_offload.device_side import DeviceSide, device_layers
 from moe_offload.memory import require_memory
 from moe_offload.models.experts_function import attach_handle, detach_handle
 from moe_offload.models.skeleton import Skeleton
 from moe_offload.models.spec import MoeSpec
 from moe_offload.options import Dense, Options, Progress
 from moe_offload.statistics import Statistics
+from moe_offload.transfer.accelerator import Accelerator
 from moe_offload.transfer.expert_pack import ExpertPack
+
+logger = logging.getLogger(__name__)
 
 
 class LayerCall(NamedTuple):
     """One MoE layer's work, as transformers gives it: T tokens of width H, each routed to K experts."""
 
     layer: CpuLayer | PackedLayer
+    index: int  # among the MoE layers
     module: nn.Module
     hidden_states: torch.Tensor  # [T, H]
     top_k_index: torch.Tensor  # [T, K] int64
@@ -61,6 +67,7 @@ class Engine:
         dtype: torch.dtype,
         progress: Progress | None = None,
         pack: ExpertPack | None = None,
+        accelerator: Accelerator | None = None,
     ) -> None:
         self.options = options
         self.statistics = Statistics()
@@ -77,13 +84,30 @@ class Engine:
             self._layers = make_layers(skeleton, options, self._team, progress)
         else:
             self._layers = make_packed_layers(skeleton, pack, options, self._team, progress)
-        for path, layer in self._layers.items():
-            attach_handle(model.get_submodule(path), _LayerHandle(self, layer))
+        self._device = self._make_device(accelerator, progress)
+        for index, (path, layer) in enumerate(self._layers.items()):
+            attach_handle(model.get_submodule(path), _LayerHandle(self, layer, index))
         self._dense = None
-        wanted = options.dense_format(pack is not None)
+        wanted = options.dense_format(pack is not None, self._device is not None)
         if wanted == "int8" or wanted == "int4":
             self._dense = pack_dense(model, skeleton, wanted, options, self.multiply, progress)
-        self._fused = decode_model.attach(self, model, self._layers) if options.fused_decode else []
+        fused = options.fused_decode and self._device is None
+        self._fused = decode_model.attach(self, model, self._layers) if fused else []
+        if self._device is not None:
+            self._device.attach(model, self._team)
+
+    def _make_device(self, accelerator: Accelerator | None, progress: Progress | None) -> DeviceSide | None:
+        if accelerator is None:
+            return None
+        layers = device_layers(self._skeleton, self._layers, self._pack)
+        if isinstance(layers, str):
+            logger.warning("the model runs on the CPU alone: %s", layers)
+            accelerator.close()
+            return None
+        return DeviceSide(
+            self._model, self._skeleton, layers, self._pack, self.options, accelerator, self._dtype, self.threads,
+            progress,
+        )  # fmt: skip
 
     @property
     def spec(self) -> MoeSpec:
@@ -167,6 +191,12 @@ class Engine:
     def _run(self, call: LayerCall) -> torch.Tensor:
         started = time.perf_counter()
         layer = call.layer
+        if self._device is not None:
+            out, experts = self._device.run(
+                call.index, call.module, call.hidden_states, call.top_k_index, call.top_k_weights
+            )
+            self.count_step(call.top_k_index.numel(), experts, experts * layer.bytes_per_expert)
+            return out
         groups = group_tokens(
             call.top_k_index.to("cpu", torch.int64).contiguous().numpy(),
             call.top_k_weights.detach().to("cpu", torch.float32).contiguous().numpy(),
@@ -225,6 +255,9 @@ class Engine:
             self._closed = True
             self._gate.wait_for(lambda: self._calls == 0)
         decode_model.detach(self._fused)
+        if self._device is not None:
+            self._device.detach(self._model)
+            self._device.close()
         for path in self._layers:
             detach_handle(self._model.get_submodule(path))
         self._model.__dict__.pop("offload", None)
@@ -248,11 +281,12 @@ class Engine:
 class _LayerHandle:
     """Ties an experts module to the engine."""
 
-    __slots__ = ("engine", "layer")
+    __slots__ = ("engine", "index", "layer")
 
-    def __init__(self, engine: Engine, layer: CpuLayer | PackedLayer) -> None:
+    def __init__(self, engine: Engine, layer: CpuLayer | PackedLayer, index: int) -> None:
         self.engine = engine
         self.layer = layer
+        self.index = index
 
     def __call__(
         self,
@@ -261,7 +295,7 @@ class _LayerHandle:
         top_k_index: torch.Tensor,
         top_k_weights: torch.Tensor,
     ) -> torch.Tensor:
-        return self.engine.run(LayerCall(self.layer, module, hidden_states, top_k_index, top_k_weights))
+        return self.engine.run(LayerCall(self.layer, self.index, module, hidden_states, top_k_index, top_k_weights))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_LayerHandle":
         return self

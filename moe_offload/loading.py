@@ -27,6 +27,11 @@ def load(
     pack_dir: str | os.PathLike[str] | None = None,
     dense: Dense = "auto",
     fused_decode: bool = True,
+    device: str = "auto",
+    gpu_memory: str | int | None = None,
+    ram: str | int | None = None,
+    policy: str = "ours",
+    overlap: bool = True,
     dtype: Any = "auto",
     attn_implementation: str | None = None,
     device_map: Any = None,
@@ -39,7 +44,8 @@ def load(
     """Load a Mixture-of-Experts model, its expert weights mapped from the checkpoint, or from a pack of them quantised.
 
     model: a folder in Hugging Face format, the id of a model on the Hub, or "demo" for the model in this package.
-    weights, threads, memory_limit, gemm_rows, activations, pack_dir, dense, fused_decode: see `Options`.
+    weights, threads, memory_limit, gemm_rows, activations, pack_dir, dense, fused_decode, device, gpu_memory, ram, policy, overlap: see
+        `Options`; sizes may be strings such as "6GiB".
     dtype, attn_implementation, device_map, revision, token, cache_dir, local_files_only: as in transformers'
         `from_pretrained`.
     progress: called with (what, done, total) while weights are converted (bytes) and kernels are compiled.
@@ -65,6 +71,11 @@ def load(
         pack_dir,
         dense,
         fused_decode,
+        device=device,
+        gpu_memory=gpu_memory,
+        ram=ram,
+        policy=policy,
+        overlap=overlap,
         inner=inner,
         progress=progress,
     )

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from moe_offload.models.errors import OptionError
+from moe_offload.scheduling.policies import find_policy
+from moe_offload.transfer.find_device import parse_device
 
 # Called with what is being done ("compiling kernels (...)", "converting experts", ...), how much of it is done, and how
 # much there is: kernels are counted, all else in bytes.
@@ -34,6 +36,12 @@ class Options:
     dense: format of the linears outside of the experts (attention, shared experts, dense layers, output head). "int8"
         and "int4" convert them once, into a pack of their own; "auto" takes "int8" with experts from a pack, else
         leaves them as stored.
+    device: what runs the model beside the CPU: "auto" (the first usable NVIDIA card, else none), "cpu", "cuda", "cuda:N", or
+        "virtual:PROFILE", a server that is simulated: real numbers, modelled times (transfer/server_profile.py).
+    gpu_memory: bytes of the device's memory that the model may take, all in all; None takes what is free.
+    ram: bytes of page-locked host memory for experts on their way to the device; None takes as many as there are experts.
+    policy: who decides what runs where; see `scheduling/policies.py`.
+    overlap: False waits for every copy and launch before the next: the same decisions one after the other.
     fused_decode: run a decode step's layers in one launch each where the architecture is known (decode_modules.py);
         False leaves every layer to transformers' modules.
 
@@ -48,12 +56,20 @@ class Options:
     pack_dir: str | os.PathLike[str] | None = None
     dense: Dense = "auto"
     fused_decode: bool = True
+    device: str = "auto"
+    gpu_memory: int | None = None
+    ram: int | None = None
+    policy: str = "ours"
+    overlap: bool = True
 
-    def dense_format(self, packed: bool) -> Dense:
-        """What `dense` comes to: "stored", "int8" or "int4"; `packed`: whether the experts are read from a pack."""
+    def dense_format(self, packed: bool, device: bool = False) -> Dense:
+        """What `dense` comes to: "stored", "int8" or "int4".
+
+        packed: whether the experts are read from a pack. device: whether linears are on a device.
+        """
         if self.dense != "auto":
             return self.dense
-        return "int8" if packed else "stored"
+        return "int8" if packed and not device else "stored"
 
     def __post_init__(self) -> None:
         for name, known in (("weights", Weights), ("activations", Activations), ("dense", Dense)):
@@ -61,7 +77,14 @@ class Options:
                 raise OptionError(f"{name}={getattr(self, name)!r} is not one of {', '.join(get_args(known))}")
         if self.pack_dir is not None and (not isinstance(self.pack_dir, str | os.PathLike) or not str(self.pack_dir)):
             raise OptionError(f"pack_dir={self.pack_dir!r} is not the name of a folder")
-        for name in ("threads", "memory_limit", "gemm_rows"):
+        try:
+            choice = parse_device(self.device)
+            find_policy(self.policy)
+        except ValueError as error:
+            raise OptionError(str(error)) from error
+        if choice.kind not in ("auto", "cpu") and self.dense in ("int8", "int4"):
+            raise OptionError(f"dense={self.dense!r} packs linears for the CPU, but device={self.device!r} runs them")
+        for name in ("threads", "memory_limit", "gemm_rows", "gpu_memory", "ram"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise OptionError(f"{name}={value!r} must be a whole number of at least 1, or None")

@@ -50,6 +50,10 @@ class Prefetcher:
             self._early.pop(layer, None)
         return set().union(*self._early.values())
 
+    def forget(self) -> None:
+        """Slots were given up or renumbered: nothing waits for its layer any more."""
+        self._early.clear()
+
     def value(self, layer: int, experts: NDArray[np.int32]) -> NDArray[np.float64]:
         """[A] seconds that having these experts on the device saves in later steps, net of what they replace."""
         saved = self._saved[layer]

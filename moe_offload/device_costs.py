@@ -1,0 +1,156 @@
+"""What experts, copies and starts cost on this machine: measured at first use, kept for later (scheduling/calibration.py).
+
+A real device is measured with the model's own experts, run as the engine runs them. Of a virtual one the clock alone is asked,
+on a ghost of it, which takes no time worth keeping.
+"""
+
+import itertools
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from moe_offload.cpu_kernels.grouping import Groups
+from moe_offload.layer_tensors import LAUNCHES_PER_EXPERT, LayerParts
+from moe_offload.machine import cpu_name
+from moe_offload.options import Progress
+from moe_offload.scheduling.calibration import calibrate
+from moe_offload.scheduling.cost_cache import cached_costs, machine_key
+from moe_offload.scheduling.cost_model import CostModel
+from moe_offload.transfer.accelerator import Accelerator, Buffer, Work
+from moe_offload.transfer.expert_store import ExpertStore
+from moe_offload.transfer.server_profile import ServerProfile
+from moe_offload.transfer.virtual import VirtualAccelerator
+
+_DEVICE_EXPERTS = 4  # that lie on the device while it is measured
+
+
+class Kind(NamedTuple):
+    """One kind of expert."""
+
+    name: str
+    nbytes: int
+    flops_per_row: int
+
+
+def measure_costs(
+    accelerator: Accelerator,
+    parts: Sequence[LayerParts],
+    kinds: Sequence[str],
+    store: ExpertStore,
+    threads: int,
+    progress: Progress | None,
+) -> CostModel:
+    """Costs of the model's kinds of experts: kinds [L] names them, parts [L] are what computes them."""
+    named = {name: Kind(name, part.record_bytes, part.flops_per_row) for name, part in zip(kinds, parts, strict=True)}
+    if isinstance(accelerator, VirtualAccelerator):
+        return CostModel.from_dict(_virtual_costs(accelerator.profile, tuple(named.values())))
+    layers = {name: kinds.index(name) for name in named}
+
+    def make() -> CostModel:
+        with _ModelBench(accelerator, parts, layers, store) as bench:
+            return calibrate(accelerator, bench, progress)
+
+    sizes = [(kind.name, kind.nbytes) for kind in named.values()]
+    return cached_costs(machine_key(cpu_name(), accelerator.name, threads, sizes), make)
+
+
+@cache
+def _virtual_costs(profile: ServerProfile, kinds: tuple[Kind, ...]) -> dict[str, Any]:
+    with VirtualAccelerator(profile, ghost=True) as accelerator:
+        return calibrate(accelerator, _GhostBench(accelerator, kinds)).to_dict()
+
+
+class _GhostBench:
+    """An `ExpertBench` of sizes alone."""
+
+    def __init__(self, accelerator: Accelerator, kinds: Sequence[Kind]) -> None:
+        self._accelerator, self._kinds = accelerator, {kind.name: kind for kind in kinds}
+
+    def kinds(self) -> list[tuple[str, int]]:
+        return [(kind.name, kind.nbytes) for kind in self._kinds.values()]
+
+    def run_cpu(self, kind: str, rows: list[int]) -> None:
+        self._accelerator.run_host(_nothing, self._work(kind, rows, 0))
+
+    def run_gpu(self, kind: str, rows: list[int]) -> None:
+        work = self._work(kind, rows, LAUNCHES_PER_EXPERT * len(rows))
+        self._accelerator.launch(self._accelerator.compute, _nothing, (), (), work, "experts")
+
+    def _work(self, kind: str, rows: list[int], launches: int) -> Work:
+        return Work(self._kinds[kind].nbytes, self._kinds[kind].flops_per_row, rows, launches=launches)
+
+
+class _ModelBench:
+    """An `ExpertBench` of a model's own experts; `with` gives back the device memory that it takes."""
+
+    def __init__(
+        self, accelerator: Accelerator, parts: Sequence[LayerParts], layers: dict[str, int], store: ExpertStore
+    ) -> None:
+        self._accelerator, self._layers = accelerator, layers
+        self._parts = {kind: parts[layer] for kind, layer in layers.items()}
+        self._next = itertools.count()
+        self._slots: dict[str, list[Buffer]] = {kind: [] for kind in layers}
+        stream = accelerator.compute
+        for kind, layer in layers.items():
+            for expert in range(min(_DEVICE_EXPERTS, self._parts[kind].num_experts)):
+                size = self._parts[kind].record_bytes
+                slot = accelerator.allocate(size, "experts to measure")
+                self._slots[kind].append(slot)
+                record = store.hold(layer, expert)
+                accelerator.copy_in(slot, record, stream)
+                store.release(layer, expert, stream.record())
+        stream.synchronize()
+
+    def kinds(self) -> list[tuple[str, int]]:
+        return [(kind, parts.record_bytes) for kind, parts in self._parts.items()]
+
+    def run_cpu(self, kind: str, rows: list[int]) -> None:
+        parts = self._parts[kind]
+        groups = self._groups(rows, parts.num_experts)
+        hidden = torch.ones(max(rows), parts.device.record.hidden_size)
+        out = torch.zeros_like(hidden)
+        work = Work(parts.record_bytes, parts.flops_per_row, rows)
+        # the module is asked where torch runs the experts, which these do not
+        self._accelerator.run_host(lambda: _ignore(parts.cpu(nn.Module(), groups, hidden, out)), work)
+
+    def run_gpu(self, kind: str, rows: list[int]) -> None:
+        parts, slots = self._parts[kind], self._slots[kind]
+        chosen = [slots[next(self._next) % len(slots)] for _ in rows]
+
+        def run(*records: torch.Tensor) -> None:
+            hidden = torch.ones(max(rows), parts.device.record.hidden_size, device=records[0].device)
+            out = torch.zeros_like(hidden)
+            weights = torch.ones(max(rows), device=hidden.device)
+            tokens = torch.arange(max(rows), device=hidden.device)
+            for record, count in zip(records, rows, strict=True):
+                parts.device.add_rows(out, hidden, tokens[:count], weights[:count], record)
+
+        work = Work(parts.record_bytes, parts.flops_per_row, rows, launches=LAUNCHES_PER_EXPERT * len(rows))
+        self._accelerator.launch(self._accelerator.compute, run, chosen, (), work, "experts")
+
+    def _groups(self, rows: list[int], num_experts: int) -> Groups:
+        experts = sorted({next(self._next) % num_experts for _ in rows})
+        counts = rows[: len(experts)]
+        offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        tokens = np.concatenate([np.arange(count, dtype=np.int32) for count in counts])
+        return Groups(np.array(experts, np.int32), offsets, tokens, np.ones(len(tokens), np.float32))
+
+    def __enter__(self) -> "_ModelBench":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._accelerator.compute.synchronize()
+        for slot in itertools.chain(*self._slots.values()):
+            self._accelerator.free(slot)
+
+
+def _nothing() -> None:
+    pass
+
+
+def _ignore(_: object) -> None:
+    pass

@@ -1,0 +1,280 @@
+"""The device's side of the engine: what is needed to run a model's experts on two devices, put together and kept.
+
+    store     records of experts in host memory, read from the pack or the checkpoint (transfer/expert_store.py)
+    slots     device memory for some of them, and the cache that says which (device_slots.py, expert_cache.py)
+    queue     copies between the two (copy_queue.py)
+    costs     what all of it takes, calibrated at first use (scheduling/calibration.py)
+    dispatcher  decides and does it, layer by layer (dispatcher.py)
+
+A device that runs out of memory gives up slots and goes on. One that is lost raises DeviceLostError: see `recovery.py`.
+"""
+
+import logging
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from moe_offload.cpu_kernels.layout import Activation
+from moe_offload.cpu_kernels.packed_layout import ExpertRecord
+from moe_offload.cpu_kernels.team import Team
+from moe_offload.cpu_layer import CpuLayer, PackedLayer
+from moe_offload.device_costs import measure_costs
+from moe_offload.dispatcher import Dispatcher, Parts
+from moe_offload.gpu_kernels.torch_experts import DeviceActivation, DeviceRecord, TorchExperts
+from moe_offload.layer_tensors import LayerParts, LayerTensors
+from moe_offload.memory import format_bytes
+from moe_offload.models.errors import NotEnoughMemoryError
+from moe_offload.models.skeleton import Skeleton
+from moe_offload.options import Options, Progress
+from moe_offload.scheduling.forecast import Popularity
+from moe_offload.scheduling.guard import Guard
+from moe_offload.scheduling.policies import find_policy
+from moe_offload.stored_records import StoredSource, stored_record
+from moe_offload.transfer.accelerator import Accelerator, OutOfDeviceMemoryError, Work
+from moe_offload.transfer.copy_queue import CopyQueue
+from moe_offload.transfer.device_slots import DeviceSlots
+from moe_offload.transfer.eviction import EVICTIONS
+from moe_offload.transfer.expert_cache import ExpertCache
+from moe_offload.transfer.expert_pack import ExpertPack
+from moe_offload.transfer.expert_store import ExpertStore
+from moe_offload.transfer.record_source import PackSource, RecordSource
+
+logger = logging.getLogger(__name__)
+
+SPARE_SHARE = 16  # of the room for slots, one part is left for activations and the KV cache
+LEAST_SLOTS = 2  # one is read while the other is filled
+STREAM_SLOTS = 8  # of a static placement, that fetched experts take turns in
+GIVE_UP = 8  # of the slots, one part is given up when the device runs out of memory
+TRIES = 4
+
+
+class DeviceLayer(NamedTuple):
+    """What the device needs to know of one MoE layer."""
+
+    cpu: CpuLayer | PackedLayer
+    record: ExpertRecord
+    activation: Activation
+
+
+def device_layers(
+    skeleton: Skeleton, layers: Mapping[str, CpuLayer | PackedLayer], pack: ExpertPack | None
+) -> list[DeviceLayer] | str:
+    """The model's layers in order, or why its experts cannot run on a device."""
+    found = []
+    for spec in skeleton.spec.layers:
+        weights = skeleton.weights[spec.path]
+        if pack is not None:
+            content = pack.plan.section(spec.path).content
+            record = content if isinstance(content, ExpertRecord) else None
+        else:
+            record = stored_record(weights)
+        if record is None:
+            return f"experts in {weights.format} are decoded on the CPU"
+        if spec.activation is None:
+            return f"{spec.path} has an activation that only its module knows"
+        found.append(DeviceLayer(layers[spec.path], record, spec.activation))
+    if len({layer.cpu.num_experts for layer in found}) > 1:
+        return "its layers have different numbers of experts"
+    return found
+
+
+class DeviceSide:
+    """Runs experts on `accelerator` and the CPU. One call at a time.
+
+    Raises NotEnoughMemoryError when the budget has no room for the rest of the model and two experts.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        skeleton: Skeleton,
+        layers: Sequence[DeviceLayer],
+        pack: ExpertPack | None,
+        options: Options,
+        accelerator: Accelerator,
+        dtype: torch.dtype,
+        threads: int,
+        progress: Progress | None = None,
+    ) -> None:
+        self.accelerator, self.options = accelerator, options
+        self.policy = find_policy(options.policy)
+        self._lock = threading.RLock()
+        self._layers = layers
+        spec = skeleton.spec
+        self._dense_bytes = sum(p.numel() * p.itemsize for p in model.parameters())
+        record_bytes = [layer.record.nbytes for layer in layers]
+        kinds = [f"{r.dtype} {r.hidden_size}x{r.intermediate_size}" for r in (layer.record for layer in layers)]
+        hidden, top_k = spec.layers[0].hidden_size, max(layer.top_k for layer in spec.layers)
+        self.store = ExpertStore(
+            self._source(skeleton, pack), accelerator.host_arena, range(len(layers)), options.ram,
+            least=min(8, len(layers) * layers[0].cpu.num_experts),
+        )  # fmt: skip
+        compute = torch.float32 if accelerator.simulated else dtype
+        self._parts = [
+            LayerParts(
+                layer.cpu, TorchExperts(device_record(layer.record), device_activation(layer.activation), compute),
+                layer.record.nbytes, 2 * spec.layers[at].params_per_expert, layer.cpu.num_experts,
+            )
+            for at, layer in enumerate(layers)
+        ]  # fmt: skip
+        try:
+            accelerator.reserve(self._dense_bytes, "non-expert weights")
+            self.costs = measure_costs(accelerator, self._parts, kinds, self.store, threads, progress)
+            self.slots = self._make_slots(max(record_bytes), len(layers) * layers[0].cpu.num_experts, hidden)
+        except OutOfDeviceMemoryError as error:
+            least = self._dense_bytes + LEAST_SLOTS * max(record_bytes) + LayerTensors.device_bytes(1, hidden)
+            raise NotEnoughMemoryError(
+                f"the device memory given is {format_bytes(accelerator.budget)}, but the non-expert weights and "
+                f"{LEAST_SLOTS} experts need {format_bytes(least)}: raise gpu_memory (--gpu-memory), or take --device cpu"
+            ) from error
+        self._tensors = LayerTensors(accelerator, self.slots, hidden, top_k)
+        self.queue: CopyQueue[tuple[int, int]] = CopyQueue(accelerator)
+        experts = [layer.cpu.num_experts for layer in layers]
+        cache = ExpertCache(
+            len(layers), experts, len(self.slots), EVICTIONS[self.policy.eviction](), record_bytes=record_bytes
+        )
+        forecast = Popularity(len(layers), max(experts), top_k=top_k)
+        parts = Parts(accelerator, self.slots, cache, self.queue, self.store, self.costs, kinds, record_bytes, forecast)
+        self.guard = Guard() if self.policy.prefetch else None
+        self.dispatcher = Dispatcher(parts, self.policy, self.guard, overlap=options.overlap)
+        self._account = _ModelWork(accelerator, self._dense_bytes, len(layers))
+        if self.policy.placement != "empty":
+            self._fill(self.policy.placement == "static", progress)
+
+    @property
+    def cache(self) -> ExpertCache:
+        """Which experts are on the device."""
+        return self.dispatcher.parts.cache
+
+    def _make_slots(self, record_bytes: int, experts: int, hidden: int) -> DeviceSlots:
+        room = self.accelerator.budget - self.accelerator.used
+        spare = max(LayerTensors.device_bytes(1, hidden), room // SPARE_SHARE)
+        wanted = min(experts, (room - spare) // (-(-record_bytes // 256) * 256))
+        return DeviceSlots(self.accelerator, record_bytes, max(wanted, 0), least=LEAST_SLOTS)
+
+    @staticmethod
+    def _source(skeleton: Skeleton, pack: ExpertPack | None) -> RecordSource:
+        paths = [layer.path for layer in skeleton.spec.layers]
+        if pack is not None:
+            return PackSource(pack, dict(enumerate(paths)))
+        weights = [skeleton.weights[path] for path in paths]
+        records = {at: record for at, each in enumerate(weights) if (record := stored_record(each)) is not None}
+        return StoredSource(skeleton.checkpoint, weights, records)
+
+    def _fill(self, static: bool, progress: Progress | None) -> None:
+        """Copy experts into the empty slots: as many of each layer, since nothing is known about them yet."""
+        layers, experts = len(self._layers), self._layers[0].cpu.num_experts
+        count = len(self.slots) - (min(STREAM_SLOTS, len(self.slots) // 4) if static else 0)
+        keys = [(at % layers, at // layers) for at in range(min(count, layers * experts))]
+        sizes = [self._layers[layer].record.nbytes for layer, _ in keys]
+        done, total = 0, sum(sizes)
+        for key, size in zip(keys, sizes, strict=True):
+            self.dispatcher.fill(*key)
+            done += size
+            if progress is not None:
+                progress("copying experts to the device", done, total)
+        self.dispatcher.finish_filling(pin=static)
+
+    def run(
+        self,
+        layer: int,
+        module: nn.Module,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+    ) -> tuple[torch.Tensor, int]:
+        """The experts of one layer: [T, H] in and out; and how many experts were active.
+
+        Raises DeviceLostError when the device is gone, OutOfDeviceMemoryError when it has no memory even for two slots.
+        """
+        with self._lock:
+            for left in range(TRIES, -1, -1):
+                try:
+                    return self._run(layer, module, hidden_states, top_k_index, top_k_weights)
+                except OutOfDeviceMemoryError as error:
+                    if left == 0 or not self.give_up_slots():
+                        raise
+                    logger.warning("the device is out of memory (%s): %d expert slots are left", error, len(self.slots))
+            raise AssertionError
+
+    def _run(
+        self,
+        layer: int,
+        module: nn.Module,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+    ) -> tuple[torch.Tensor, int]:
+        self._account(len(hidden_states))
+        groups = self._tensors.begin(self._parts[layer], module, hidden_states, top_k_index, top_k_weights)
+        rows = np.diff(groups.offsets)
+        self.dispatcher.run(layer, groups.experts, rows, len(hidden_states), self._tensors)
+        return self._tensors.result, len(groups.experts)
+
+    def give_up_slots(self, least: int = 1) -> bool:
+        """Free an eighth of the slots, or `least`; False where too few would be left."""
+        wanted = len(self.slots) - max(least, len(self.slots) // GIVE_UP)
+        return self.resize(self.slots.after_shrinking(max(wanted, LEAST_SLOTS)))
+
+    def resize(self, slots: int) -> bool:
+        """Have so many slots; False where that cannot be."""
+        if slots < LEAST_SLOTS or slots == len(self.slots):
+            return False
+        with self._lock:
+            self.dispatcher.resize(slots)
+            return len(self.slots) == slots
+
+    def attach(self, model: nn.Module, team: Team) -> None:
+        """Put the model's other modules on the device."""
+
+    def detach(self, model: nn.Module) -> None:
+        """Inverse of `attach`."""
+
+    def end_step(self) -> None:
+        """The model's forward pass is through."""
+        with self._lock:
+            self.dispatcher.end_step()
+
+    def close(self) -> None:
+        """Wait for what is in flight, stop the store's threads and give all memory back. Harmless when done twice."""
+        with self._lock:
+            self.queue.close()
+            self.store.close()
+            self.accelerator.close()
+
+
+class _ModelWork:
+    """Tells a virtual accelerator of what the model's own modules do between two layers of experts.
+
+    On a real device they take their time by themselves.
+    """
+
+    def __init__(self, accelerator: Accelerator, nbytes: int, layers: int) -> None:
+        self._accelerator, self._nbytes = accelerator, nbytes // layers
+
+    def __call__(self, tokens: int) -> None:
+        if self._accelerator.simulated:
+            work = Work(self._nbytes, self._nbytes, (tokens,), launches=12)  # 2 bytes and 2 operations a parameter
+            self._accelerator.launch(self._accelerator.compute, _nothing, (), (), work, "attention and norms")
+
+
+def _nothing() -> None:
+    pass
+
+
+def device_record(record: ExpertRecord) -> DeviceRecord:
+    """An expert's record as the device's code takes it."""
+    return DeviceRecord(
+        record.hidden_size, record.intermediate_size, record.dtype, record.gated, record.bias, record.group,
+        record.offsets, record.nbytes,
+    )  # fmt: skip
+
+
+def device_activation(activation: Activation) -> DeviceActivation:
+    """Likewise."""
+    return DeviceActivation(activation.kind, activation.alpha, activation.limit)
