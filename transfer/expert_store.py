@@ -18,9 +18,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,35 +27,15 @@ from numpy.typing import NDArray
 from moe_offload.transfer.accelerator import Buffer, Event, HostArena
 from moe_offload.transfer.host_tier import HostRecord, HostTier, Key, State
 from moe_offload.transfer.record_source import RecordSource
+from moe_offload.transfer.store_counters import StoreCounters
 
 _ALIGNED = 4096
+_LINGER = 1.0  # seconds that a reader waits for more: starting a thread takes ten times as long as waking one
 _CLOSED = "the expert store is closed"
 
 
 class HostMemoryFullError(MemoryError):
     """Every record in host memory is held, and another is asked for."""
-
-
-@dataclass(slots=True)
-class StoreCounters:
-    """What happened so far.
-
-    hits: records that were here when asked for. loads: reads that were completed, on demand or ahead; `loaded_bytes`
-    and `load_seconds` are theirs, the seconds summed over threads. waited_seconds: of calls that asked for a record
-    that was not here. ahead_loads: loads on a prediction; `ahead_used` were asked for, `ahead_wasted` evicted before.
-    evictions: records that made room for others. failed: reads that ended in an error.
-    """
-
-    hits: int = 0
-    loads: int = 0
-    loaded_bytes: int = 0
-    load_seconds: float = 0.0
-    waited_seconds: float = 0.0
-    ahead_loads: int = 0
-    ahead_used: int = 0
-    ahead_wasted: int = 0
-    evictions: int = 0
-    failed: int = 0
 
 
 class ExpertStore:
@@ -95,14 +74,18 @@ class ExpertStore:
             )
         self._tier = HostTier(arena_factory, self.slot_bytes, capacity, dict.fromkeys(self._sizes, experts))
         self.capacity = capacity
-        self._changed = threading.Condition()  # guards all below, the tier and the counters
+        # Guards all below and the tier. Not taken through the condition: `with` a condition runs Python code, in which
+        # Ctrl-C leaves it locked for ever.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._claiming = threading.Lock()  # taken before: only one call at a time waits for slots while it has some
         self._queue: deque[HostRecord] = deque()
-        self._predicted: dict[int, list[HostRecord]] = {}
-        self._counters = StoreCounters()
+        self._counters = self._tier.counters
         self._closed = False
-        self._most_readers = readers
-        self._readers = ThreadPoolExecutor(readers, thread_name_prefix="expert-store")
+        # Threads come with work and go without. Daemons: a program that ends without `close` does not wait for them.
+        self._work = threading.Condition(self._lock)
+        self._threads: list[threading.Thread] = []
+        self._most_readers, self._readers, self._idle_readers = readers, 0, 0
 
     def get(self, layer: int, expert: int) -> Buffer:
         """The record, in host memory until room is needed."""
@@ -118,18 +101,18 @@ class ExpertStore:
 
     def hold_if_here(self, layer: int, expert: int) -> Buffer | None:
         """As `hold`, but reads and waits for nothing: None when the record is not here."""
-        with self._changed:
+        with self._lock:
             self._check(layer, expert)
             record = self._tier.records.get((layer, expert))
             if record is None or record.state is not State.HERE:
                 return None
-            self._use(record)
+            self._tier.use(record)
             record.holds += 1
             return record.buffer
 
     def release(self, layer: int, expert: int, after: Event | None = None) -> None:
         """Undo one `hold`. after: the event behind the last copy that reads the record."""
-        with self._changed:
+        with self._lock:
             if self._closed:
                 return
             record = self._tier.records.get((layer, expert))
@@ -168,41 +151,39 @@ class ExpertStore:
 
     def read_ahead(self, keys: Iterable[Key]) -> int:
         """Read these (layer, expert) in the background, the likeliest first; how many were queued."""
-        queued: list[HostRecord] = []
         wanted = list(dict.fromkeys(keys))
-        with self._changed:
+        with self._lock:
             for key in wanted:
                 self._check(*key)
-            self._forget_predictions({layer for layer, _ in wanted}, set(wanted))
+            self._tier.replace_predictions(wanted)
             for key in wanted:
                 if key in self._tier.records:
-                    self._predict(self._tier.records[key])
+                    self._tier.predict(self._tier.records[key])
+            queued: list[HostRecord] = []
             for key in wanted:
                 if key in self._tier.records:
                     continue
                 record = self._tier.reserve(key, self._sizes[key[0]], predicted=True)
                 if record is None:
                     break
-                self._predict(record)
-                self._queue.append(record)
+                self._tier.predict(record)
                 queued.append(record)
             for key in reversed(wanted):  # the likeliest is to stay longest
                 if key in self._tier.records:
                     self._tier.records.move_to_end(key)
-        for record in queued:
-            self._source.will_need(*record.key)
-        self._start_readers(len(queued))
+            self._queue.extend(queued)
+            self._wake_readers(len(queued))
         return len(queued)
 
     @property
     def counters(self) -> StoreCounters:
         """As they are now."""
-        with self._changed:
-            return replace(self._counters, evictions=self._tier.evictions, ahead_wasted=self._tier.wasted)
+        with self._lock:
+            return replace(self._counters)
 
     def check_integrity(self) -> None:
         """AssertionError when the bookkeeping contradicts itself."""
-        with self._changed:
+        with self._lock:
             self._tier.check_integrity()
             queued = {id(record) for record in self._queue}
             for record in self._tier.records.values():
@@ -210,12 +191,15 @@ class ExpertStore:
 
     def close(self) -> None:
         """Stop and join the threads, wait for copies, give the memory back. Harmless when done twice."""
-        with self._changed:
+        with self._lock:
             self._closed = True
             self._queue.clear()
             self._changed.notify_all()
-        self._readers.shutdown(cancel_futures=True)
-        with self._changed:  # calls of other threads may be reading still
+            self._work.notify_all()
+        for thread in self._threads:
+            if thread.ident is not None:  # it was started
+                thread.join()
+        with self._lock:  # calls of other threads may be reading still
             self._changed.wait_for(
                 lambda: not any(record.state is State.LOADING for record in self._tier.records.values())
             )
@@ -236,7 +220,7 @@ class ExpertStore:
 
     def _obtain(self, layer: int, experts: Collection[int], holds: int) -> list[HostRecord]:
         """Bring all here and hold each `holds` times."""
-        with self._changed:
+        with self._lock:
             for expert in experts:
                 self._check(layer, expert)
             found = [self._tier.records.get((layer, expert)) for expert in experts]
@@ -244,7 +228,7 @@ class ExpertStore:
             if len(here) == len(found):
                 self._counters.hits += len(here)
                 for record in here:
-                    self._use(record)
+                    self._tier.use(record)
                     record.holds += holds
                 return here
         started = time.perf_counter()
@@ -253,17 +237,19 @@ class ExpertStore:
         try:
             self._claim(layer, experts, token, claimed)
             for record in claimed:
+                self._load(record)
+            for record in claimed:
                 self._await(record)
-            with self._changed:
+            with self._lock:
                 for record in claimed:
-                    self._use(record)
+                    self._tier.use(record)
                     record.holds += holds
             return claimed
         finally:
-            with self._changed:
+            with self._lock:
                 self._counters.waited_seconds += time.perf_counter() - started
                 for record in claimed:
-                    self._unclaim(record, token)
+                    self._tier.unclaim(record, token)
                 self._changed.notify_all()
 
     def _claim(self, layer: int, experts: Collection[int], token: object, claimed: list[HostRecord]) -> None:
@@ -274,15 +260,14 @@ class ExpertStore:
                 f"{different} experts of layer {layer} are asked for at once, and {self.capacity} of {self.slot_bytes}"
                 f" bytes fit host memory: ask for fewer, or give {different * self.slot_bytes} bytes"
             )
-        new = 0
-        with self._claiming, self._changed:
+        new: list[HostRecord] = []
+        with self._claiming, self._lock:
             for expert in experts:
                 while (record := self._tier.records.get((layer, expert))) is None:
                     self._check(layer, expert)
                     record = self._tier.reserve((layer, expert), self._sizes[layer], predicted=False)
                     if record is not None:
-                        self._queue.appendleft(record)
-                        new += 1
+                        new.append(record)
                         break
                     if not self._tier.may_come_free(token):
                         raise HostMemoryFullError(
@@ -294,17 +279,13 @@ class ExpertStore:
                 claimed.append(record)
                 record.claims.add(token)
                 record.predicted = False
-        self._start_readers(new - 1)  # the calling thread reads too
-
-    def _unclaim(self, record: HostRecord, token: object) -> None:
-        record.claims.discard(token)
-        if record.state is State.QUEUED and not record.claims:
-            self._tier.drop(record)  # nobody is left who wants it
+            self._queue.extendleft(reversed(new[1:]))  # the first is read by this thread
+            self._wake_readers(len(new) - 1)
 
     def _await(self, record: HostRecord) -> None:
         """Return when the record, which is claimed, is here: read by us, or by whoever began."""
         while True:
-            with self._changed:
+            with self._lock:
                 while record.state is State.LOADING and not self._closed:
                     self._changed.wait()
                 if self._closed:
@@ -319,7 +300,7 @@ class ExpertStore:
         """Read a record that is QUEUED; an Exception goes into `record.error`."""
         me = threading.get_ident()
         try:
-            with self._changed:
+            with self._lock:
                 if record.state is not State.QUEUED or self._closed:
                     return
                 record.loader, record.ahead = me, not record.claims
@@ -327,7 +308,7 @@ class ExpertStore:
             started = time.perf_counter()
             self._source.read_into(*record.key, record.view)
             seconds = time.perf_counter() - started
-            with self._changed:
+            with self._lock:
                 self._tier.arrived(record)
                 self._counters.loads += 1
                 self._counters.ahead_loads += record.ahead
@@ -335,50 +316,63 @@ class ExpertStore:
                 self._counters.load_seconds += seconds
                 self._changed.notify_all()
         except Exception as error:
-            with self._changed:
+            with self._lock:
                 record.error = error
                 self._counters.failed += 1
                 self._tier.drop(record)
                 self._changed.notify_all()
         except BaseException:  # such as Ctrl-C: those who wait read it themselves
-            with self._changed:
+            with self._lock:
                 if record.state is State.LOADING and record.loader == me:
                     self._tier.requeue(record)
-                    self._unclaim(record, None)
+                    self._tier.unclaim(record, None)
                 self._changed.notify_all()
             raise
 
-    def _read_next(self) -> None:
-        """What a reader thread does for everything that is queued."""
-        while True:
-            with self._changed:
-                record = self._queue.popleft() if self._queue else None
-            if record is None:
+    def _wake_readers(self, count: int) -> None:
+        """See to it that `count` readers are at work, or as many as there may be."""
+        if count <= 0:
+            return
+        self._work.notify(count)
+        self._threads = [thread for thread in self._threads if thread.is_alive()]
+        for _ in range(min(count - self._idle_readers, self._most_readers - self._readers)):
+            thread = threading.Thread(target=self._read_queue, name="expert-store", daemon=True)
+            self._threads.append(thread)
+            try:
+                thread.start()
+            except RuntimeError:  # the system refuses: whoever asks for what is queued reads it
+                self._threads.remove(thread)
                 return
-            self._load(record)
+            self._readers += 1
 
-    def _start_readers(self, count: int) -> None:
-        # A thread may be refused, by the system or because the store is being closed: what is queued is then read by
-        # whoever asks for it.
-        with suppress(RuntimeError):
-            for _ in range(min(count, self._most_readers)):
-                self._readers.submit(self._read_next)
+    def _read_queue(self) -> None:
+        """What a reader does."""
+        try:
+            while (record := self._next_record()) is not None:
+                self._load(record)
+        finally:
+            with self._lock:
+                self._readers -= 1
 
-    def _use(self, record: HostRecord) -> None:
-        """Somebody asked for it, and it is here."""
-        self._tier.records.move_to_end(record.key)
-        record.predicted = False
-        self._counters.ahead_used += record.ahead
-        record.ahead = False
+    def _next_record(self) -> HostRecord | None:
+        """The first of the queue, which stays there; None when there was none for long."""
+        with self._lock:
+            while not (self._drop_read() or self._closed):
+                self._idle_readers += 1
+                woken = self._work.wait(_LINGER)
+                self._idle_readers -= 1
+                if not woken and not self._queue:
+                    return None
+            if self._closed:
+                return None
+            record = self._queue[0]
+            following = self._queue[1].key if len(self._queue) > 1 else None
+        if following is not None:  # here and not in `read_ahead`: the hint takes 40 us, from a cold disk 800
+            self._source.will_need(*following)
+        return record
 
-    def _forget_predictions(self, layers: set[int], but: set[Key]) -> None:
-        for layer in layers:
-            for record in self._predicted.pop(layer, ()):
-                if record.key not in but:
-                    record.predicted = False
-                    if record.state is State.QUEUED and not record.claims:
-                        self._tier.drop(record)
-
-    def _predict(self, record: HostRecord) -> None:
-        record.predicted = True
-        self._predicted.setdefault(record.key[0], []).append(record)
+    def _drop_read(self) -> bool:
+        """Forget what is first in the queue and needs no reading any more; whether anything is left."""
+        while self._queue and self._queue[0].state is not State.QUEUED:
+            self._queue.popleft()
+        return bool(self._queue)

@@ -10,7 +10,7 @@ host behind it.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -18,9 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_offload.transfer.accelerator import Buffer, DeviceError, Event, HostArena
+from moe_offload.transfer.store_counters import StoreCounters
 
 Key = tuple[int, int]  # layer, expert
 SLAB = 1 << 30  # bytes of an arena: large registrations fail where smaller ones work
+_EMPTY: NDArray[np.uint8] = np.empty(0, np.uint8)
 _MOST_EVENTS = 8  # of one record, before those that have passed are forgotten
 
 
@@ -43,7 +45,8 @@ class HostRecord:
     key: Key
     slot: Buffer
     buffer: Buffer  # the record: the slot's first bytes
-    view: NDArray[np.uint8]
+    view: NDArray[np.uint8]  # to be written; empty when that is over
+    address: int
     predicted: bool
     state: State = State.QUEUED
     holds: int = 0
@@ -88,7 +91,8 @@ class HostTier:
         self.slot_bytes, self.capacity = slot_bytes, capacity
         self.records: OrderedDict[Key, HostRecord] = OrderedDict()
         self.addresses = {layer: np.zeros(experts, np.int64) for layer, experts in layers.items()}
-        self.evictions = self.wasted = 0
+        self.counters = StoreCounters()
+        self._predicted: dict[int, list[HostRecord]] = {}
         self._arenas: list[HostArena] = []
         self._slots: list[Buffer] = []
         per_slab = max(1, SLAB // slot_bytes)
@@ -117,7 +121,8 @@ class HostTier:
             self.drop(victim)
         slot = self._free[-1]
         buffer = slot if nbytes == slot.nbytes else slot.part(0, nbytes)
-        record = HostRecord(key, slot, buffer, buffer.host(write=True), predicted)
+        view = buffer.host(write=True)
+        record = HostRecord(key, slot, buffer, view, int(view.ctypes.data), predicted)
         self._free.pop()
         self.records[key] = record
         return record
@@ -136,7 +141,8 @@ class HostTier:
     def arrived(self, record: HostRecord) -> None:
         """Its bytes are all there."""
         layer, expert = record.key
-        self.addresses[layer][expert] = record.view.ctypes.data
+        self.addresses[layer][expert] = record.address
+        record.view = _EMPTY
         record.state = State.HERE
 
     def requeue(self, record: HostRecord) -> None:
@@ -151,11 +157,38 @@ class HostTier:
         layer, expert = record.key
         self.addresses[layer][expert] = 0
         if record.state is State.HERE:
-            self.evictions += 1
-            self.wasted += record.ahead
+            self.counters.evictions += 1
+            self.counters.ahead_wasted += record.ahead
         record.state = State.GONE
+        record.view = _EMPTY  # an error's traceback may keep the record
         del self.records[record.key]
         self._free.append(record.slot)
+
+    def use(self, record: HostRecord) -> None:
+        """Somebody asked for it, and it is here."""
+        self.records.move_to_end(record.key)
+        record.predicted = False
+        self.counters.ahead_used += record.ahead
+        record.ahead = False
+
+    def unclaim(self, record: HostRecord, token: object) -> None:
+        """The call of `token` awaits it no more."""
+        record.claims.discard(token)
+        if record.state is State.QUEUED and not record.claims:
+            self.drop(record)  # nobody is left who wants it
+
+    def predict(self, record: HostRecord) -> None:
+        record.predicted = True
+        self._predicted.setdefault(record.key[0], []).append(record)
+
+    def replace_predictions(self, keys: Collection[Key]) -> None:
+        """What was predicted for the layers of `keys` is so no longer, but for `keys` themselves."""
+        for layer in {layer for layer, _ in keys}:
+            for record in self._predicted.pop(layer, ()):
+                if record.key not in keys:
+                    record.predicted = False
+                    if record.state is State.QUEUED and not record.claims:
+                        self.drop(record)
 
     def may_come_free(self, token: object) -> bool:
         """Whether a slot comes free without a `release` and without the call of `token` going on."""
@@ -176,7 +209,7 @@ class HostTier:
         free = [id(slot) for slot in self._free]
         assert sorted(used + free) == sorted(id(slot) for slot in self._slots), "a slot is lost, or used twice"
         assert len(self._slots) == self.capacity
-        here = {record.key: record.view.ctypes.data for record in self.records.values() if record.state is State.HERE}
+        here = {record.key: record.address for record in self.records.values() if record.state is State.HERE}
         told = {
             (layer, int(expert)): int(table[expert])
             for layer, table in self.addresses.items()
@@ -194,6 +227,7 @@ class HostTier:
             record.settle(wait=True)
             record.state = State.GONE
         self.records.clear()
+        self._predicted.clear()
         for table in self.addresses.values():
             table[:] = 0
         self._free, self._slots, self.capacity = [], [], 0
