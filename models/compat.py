@@ -208,11 +208,11 @@ def keeps_what_the_cache_returns(attention: type[nn.Module]) -> str:
     if len(updates) != 1 or len(calls) != 1 or not isinstance(updates[0].targets[0], ast.Tuple):
         return "it does not use its cache in the usual way"
     returned = [ast.unparse(target) for target in updates[0].targets[0].elts]
-    if returned != [ast.unparse(argument) for argument in calls[0].args[2:4]]:
-        return "it makes its keys and values of what the cache holds (MLA)"
     end = updates[0].end_lineno or 0
     later = [n for n in nodes if isinstance(n, ast.Name) and n.id in returned and n.lineno > end]
-    return "" if len(later) == 2 else "it uses what the cache returns for more than its attention"
+    if returned != [ast.unparse(argument) for argument in calls[0].args[2:4]] or len(later) != 2:
+        return "it computes with what its cache returns (MLA, keys that layers share)"
+    return ""
 
 
 def _called(node: ast.AST) -> str:

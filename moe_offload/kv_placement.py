@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
+from transformers.cache_utils import DynamicCache
 
 from moe_offload.attention_layers import NAMES, AttentionLayer
 from moe_offload.decode_layer import plain_cache
@@ -50,7 +51,7 @@ class KvPlacement:
     """The placement of one model's KV caches. `hook` is a forward pre-hook with kwargs.
 
     itemsize: bytes of an element of keys and values, as far as is known before there are any. Only transformers' own
-    caches of plain layers are moved; others stay on the device and are not counted.
+    growing caches are placed and counted; others (static, quantised, offloaded) are left where they are.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class KvPlacement:
         tokens = next((kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), None)
         if tokens is None and args:
             tokens = args[0]
-        if tokens is not None and plain_cache(cache):
+        if tokens is not None and isinstance(cache, DynamicCache) and plain_cache(cache):
             self.before_forward(cache, tokens.shape[0], self._length(cache) + tokens.shape[1])
 
     def before_forward(self, cache: Any, batch: int, length: int) -> None:
@@ -108,7 +109,7 @@ class KvPlacement:
     def _demand(self, cache: Any, batch: int, length: int, expected: int) -> ShareDemand:
         ours = self._is_ours()
         layers = tuple(
-            LayerKv(nbytes * batch, ours and layer.schedulable, layer.window)
+            LayerKv(nbytes * batch, ours and layer.schedulable, _window(cache, layer.index))
             for layer, nbytes in zip(self.layers, self._bytes, strict=True)
         )
         free = self.accelerator.budget - self.accelerator.used
@@ -189,3 +190,8 @@ class KvPlacement:
     def _length(self, cache: Any) -> int:
         index = next((layer.index for layer in self.layers if layer.schedulable), 0)
         return int(cache.layers[index].get_seq_length()) if index < len(cache.layers) else 0
+
+
+def _window(cache: Any, index: int) -> int:
+    """Positions that the cache's layer keeps; one that was made without a config keeps all, whatever the model sees."""
+    return int(getattr(cache.layers[index], "sliding_window", None) or 0) if index < len(cache.layers) else 0
