@@ -5,11 +5,9 @@ neighbours on the machine move it; only ratios within a run mean anything.
 """
 
 import mmap
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self, get_args
 
 import numpy as np

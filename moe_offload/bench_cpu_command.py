@@ -17,6 +17,7 @@ from moe_offload.cpu_kernels.amx import permission
 from moe_offload.cpu_kernels.processors import default_threads
 from moe_offload.cpu_kernels.target import current_target
 from moe_offload.cpu_kernels.team import ThreadTeam
+from moe_offload.machine import cpu_name
 from moe_offload.memory import detect_memory
 from moe_offload.models.errors import OptionError
 from moe_offload.progress import Activity

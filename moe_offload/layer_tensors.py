@@ -120,7 +120,7 @@ class LayerTensors:
             for (start, stop), record in zip(ranges, records, strict=True):
                 parts.device.add_rows(y, x, all_tokens[start:stop], all_weights[start:stop], record)
 
-        reads = [room.row_tokens, room.row_weights]
+        reads = [room.row_tokens.part(0, 8 * rows), room.row_weights.part(0, 4 * rows)]
         reads += [self._slots.buffer(slot).part(0, parts.record_bytes) for slot in slots]
         counts = [stop - start for start, stop in ranges]
         work = Work(parts.record_bytes, parts.flops_per_row, counts, launches=LAUNCHES_PER_EXPERT * len(counts) + first)
@@ -147,7 +147,8 @@ class LayerTensors:
         room, hidden_states = self._staging, self._hidden_states
         assert room is not None
         self.result = result = torch.empty_like(hidden_states)
-        reads = [buffer for buffer, used in ((room.out, self._started), (room.cpu_out, cpu)) if used]
+        share = room.cpu_out.part(0, 4 * result.numel())  # what lies behind may never have been written
+        reads = [buffer for buffer, used in ((room.out, self._started), (share, cpu)) if used]
 
         def add(*outs: torch.Tensor) -> None:
             shares = [as_tensor(out, torch.float32, *result.shape) for out in outs]
