@@ -9,6 +9,7 @@ while there is time; the longest job runs once in any case.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any, Protocol
 
@@ -86,11 +87,12 @@ def calibrate(
     report()
     latency, rate, join = _measure_link(accelerator, [nbytes for _, nbytes in kinds], _LINK_SHARE * seconds)
     share = (1 - _LINK_SHARE) * seconds / (2 * len(kinds))
-    cpu, gpu = {}, {}
+    cpu: dict[str, _Jobs] = {}
+    gpu: dict[str, _Jobs] = {}
     for kind, _ in kinds:
         for times, measure in ((cpu, time_cpu), (gpu, time_gpu)):
             report()
-            times[kind] = _measure_jobs(lambda rows, m=measure, k=kind: m(k, rows), accelerator.now, share)
+            times[kind] = _measure_jobs(partial(measure, kind), accelerator.now, share)
     report()
     cpu_start, gpu_start = _start(list(cpu.values())), _start(list(gpu.values()))
     model = CostModel(latency, rate, cpu_start=cpu_start, gpu_start=gpu_start, join=join)
@@ -131,8 +133,8 @@ def _measure_jobs(run: Callable[[list[int]], float], now: Callable[[], float], s
     run([1] * _MANY)  # compiles, allocates, wakes up clocks
     first = run([POINTS[-1]])
     stop = now() + seconds
-    one = _repeated(lambda: run([1]), now, seconds / 8)
-    many = _repeated(lambda: run([1] * _MANY), now, seconds / 8)
+    one = _repeated(partial(run, [1]), now, seconds / 8)
+    many = _repeated(partial(run, [1] * _MANY), now, seconds / 8)
     start = min(max(one - (many - one) / (_MANY - 1), 0.0), one)
     points = {1: (_MANY, many)}
     for place, rows in enumerate(POINTS[1:], 1):
@@ -143,7 +145,7 @@ def _measure_jobs(run: Callable[[list[int]], float], now: Callable[[], float], s
         if experts * slowest > left:
             points.setdefault(POINTS[-1], (1, first))
             break
-        points[rows] = (experts, _repeated(lambda job=[rows] * experts: run(job), now, share))
+        points[rows] = (experts, _repeated(partial(run, [rows] * experts), now, share))
     return _Jobs(points, start, one)
 
 
@@ -175,10 +177,10 @@ def _measure_link(accelerator: Accelerator, records: list[int], seconds: float) 
             share = seconds / (2 * len(sizes) + 1)
             times = []
             for size in sizes:
-                first = _repeated(lambda size=size: copy(size, 1), accelerator.now, share)
-                all_of_them = _repeated(lambda size=size: copy(size, 1 + _COPIES), accelerator.now, share)
+                first = _repeated(partial(copy, size, 1), accelerator.now, share)
+                all_of_them = _repeated(partial(copy, size, 1 + _COPIES), accelerator.now, share)
                 times.append(max((all_of_them - first) / _COPIES, 0.1 * first))
-            joining = _repeated(lambda: _on_device(accelerator, join), accelerator.now, share)
+            joining = _repeated(partial(_on_device, accelerator, join), accelerator.now, share)
             accelerator.compute.synchronize()
         finally:
             arena.close()

@@ -13,6 +13,7 @@ BANDS = (1, 2, 5, 17, 65)  # the first number of rows of each band that has a co
 _BAND = np.searchsorted(BANDS, np.arange(ROWS + 1), side="right") - 1
 _BAND[0] = 0
 _TOLERANCE = 0.01  # tables are made anew when a correction has moved by more
+SHORTEST = 1e-9  # seconds: what is less was not measured
 _SHARE = 0.2  # a band with less of a job's time learns nothing from it
 _WEIGHT_OF_REST = 0.1  # of a job's time: what is left for the experts where the start seems to have taken all
 
@@ -46,7 +47,7 @@ class CostCurve:
 
     def observe(self, rows: NDArray[np.int64], seconds: float) -> None:
         """A job over several experts, with `rows` each, took `seconds` in all."""
-        if len(rows) == 0 or not 0 < seconds < math.inf:
+        if len(rows) == 0 or not SHORTEST <= seconds < math.inf:
             return
         try:
             parts, bands = self._raw.take(rows), _BAND.take(rows)
@@ -100,4 +101,4 @@ def _interpolated(points: Mapping[int, float]) -> NDArray[np.float64]:
     rows = np.arange(ROWS + 1, dtype=np.float64)
     table = np.interp(rows, at, seconds) + slope * np.maximum(rows - at[-1], 0)
     table[0] = 0
-    return table
+    return np.asarray(table)

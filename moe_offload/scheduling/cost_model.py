@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_offload.scheduling.correction import Correction
-from moe_offload.scheduling.cost_curve import BANDS, ROWS, CostCurve
+from moe_offload.scheduling.cost_curve import BANDS, ROWS, SHORTEST, CostCurve
 from moe_offload.scheduling.layer_plan import LayerCosts
 
 _TOLERANCE = 0.01
@@ -118,7 +118,7 @@ class CostModel:
 
     def observe_copy(self, nbytes: int, seconds: float) -> None:
         """A copy that had the link for itself took `seconds`."""
-        if nbytes <= 0 or not 0 < seconds < math.inf:
+        if nbytes <= 0 or not SHORTEST <= seconds < math.inf:
             return
         with self._lock:
             self._link.observe(0, math.log(seconds / (self.latency + nbytes / self.bytes_per_second)))

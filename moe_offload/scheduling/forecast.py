@@ -93,7 +93,7 @@ class Popularity:
         if weight == 0:
             return alone
         trust = weight / (weight + _BLEND * self._addend[layer])
-        return alone + trust * (self._active[layer][bucket] / weight - alone)
+        return np.asarray(alone + trust * (self._active[layer][bucket] / weight - alone))
 
     def expected_rows(self, layer: int, tokens: int) -> NDArray[np.float64]:
         """[E] the expected number of tokens of each expert."""
@@ -101,7 +101,7 @@ class Popularity:
 
     def share(self, layer: int) -> NDArray[np.float64]:
         """[E] rows per token."""
-        return np.minimum(self._rows[layer] / self._weight[layer], 1.0)
+        return np.asarray(np.minimum(self._rows[layer] / self._weight[layer], 1.0))
 
     def _rescale(self, layer: int) -> None:
         factor = 1.0 / self._addend[layer]

@@ -120,10 +120,9 @@ class _Bucket:
                 self._begin()
 
     def verdict(self, tokens: tuple[int, int]) -> Verdict:
-        medians = [math.exp(median(recent)) if recent else None for recent in self._recent.values()]
-        return Verdict(
-            tokens, self.used if self._decided else "undecided", *medians, self.steps["dynamic"], self.steps["static"]
-        )
+        dynamic, static = (math.exp(median(recent)) if recent else None for recent in self._recent.values())
+        found = self.used if self._decided else "undecided"
+        return Verdict(tokens, found, dynamic, static, self.steps["dynamic"], self.steps["static"])
 
     def _try(self, trial: list[float], log: float) -> None:
         ratio = log - self._usual

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from moe_offload.scheduling.calibration import POINTS, calibrate, fit_link
 from moe_offload.scheduling.cost_cache import cached_costs, machine_key
 from moe_offload.scheduling.cost_model import CostModel
-from moe_offload.transfer.accelerator import OutOfDeviceMemoryError, Work
+from moe_offload.transfer.accelerator import Accelerator, OutOfDeviceMemoryError, Work
 from moe_offload.transfer.server_profile import PROFILES, ServerProfile, find_profile
 from moe_offload.transfer.virtual import VirtualAccelerator
 
@@ -25,7 +25,7 @@ MIXTRAL: Kind = ("bf16 4096x14336", 352_321_536, 352_321_536)
 class Bench:
     """Experts that take the time that the profile says, two kernels each."""
 
-    def __init__(self, accelerator: VirtualAccelerator, kinds: Sequence[Kind]) -> None:
+    def __init__(self, accelerator: Accelerator, kinds: Sequence[Kind]) -> None:
         self.accelerator = accelerator
         self.sizes = {kind: (nbytes, flops) for kind, nbytes, flops in kinds}
         self.slot, self.out = accelerator.allocate(4096, "slot"), accelerator.allocate(4096, "out")
@@ -33,13 +33,11 @@ class Bench:
         host = arena.take(4096, "weights")
         host.host(write=True)
         accelerator.copy_in(self.slot, host, accelerator.compute)
-        self.most_rows: dict[str, int] = {}
 
     def kinds(self) -> Sequence[tuple[str, int]]:
         return [(kind, nbytes) for kind, (nbytes, _) in self.sizes.items()]
 
     def run_cpu(self, kind: str, rows: list[int]) -> None:
-        self.most_rows[kind] = max(self.most_rows.get(kind, 0), *rows)
         self.accelerator.run_host(lambda: None, Work(*self.sizes[kind], rows))
 
     def run_gpu(self, kind: str, rows: list[int]) -> None:
