@@ -1,0 +1,1 @@
+"""Every policy on every virtual server: see __main__.py."""
