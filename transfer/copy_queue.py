@@ -214,7 +214,8 @@ class CopyQueue(Generic[Key]):
         if waits:
             self._wait_for_reader(order)
         # where the stream stands still before the chunk, the end of the last one is not when this one begins
-        begin = stream.record(timed=True) if waits and not order.free or not self._flying else None
+        pauses = not self._flying or (waits and not order.free)
+        begin = stream.record(timed=True) if pauses else None
         issued = self._accelerator.now()
         whole = nbytes == transfer.source.nbytes
         source = transfer.source if whole else transfer.source.part(at, nbytes)
