@@ -20,7 +20,7 @@ the real one ignores it.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -206,7 +206,7 @@ class Accelerator(ABC):
     def close(self) -> None:
         """Wait for what is in flight and give everything back. Harmless when done twice."""
 
-    def __enter__(self) -> "Accelerator":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,4 +1,5 @@
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,9 +18,9 @@ def bf16(weights: int, *rows: int) -> Work:
     return Work(nbytes=2 * weights, flops_per_row=2 * weights, rows=rows)
 
 
-def round_profile(**changes: float) -> ServerProfile:
+def round_profile(**changes: Any) -> ServerProfile:
     """Rates that can be reckoned with in the head."""
-    plain: dict[str, float] = {
+    plain: dict[str, Any] = {
         "memory_gbs": 100.0, "flops": 1e12, "link_gbs": 10.0, "link_latency": 0.0, "kernel_seconds": 0.0,
         "host_read_gbs": 50.0, "host_flops": 1e11, "host_expert_seconds": 0.0, "host_job_seconds": 0.0,
     }  # fmt: skip

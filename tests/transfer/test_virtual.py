@@ -1,4 +1,5 @@
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,9 +20,9 @@ from moe_offload.transfer.virtual import RaceError, VirtualAccelerator
 from moe_offload.transfer.virtual_memory import VirtualBuffer
 
 
-def plain_profile(**changes: float) -> ServerProfile:
+def plain_profile(**changes: Any) -> ServerProfile:
     """1 byte takes 1 microsecond over the link, a kernel of `nbytes` as many on the device; calls take no time."""
-    plain: dict[str, float] = {
+    plain: dict[str, Any] = {
         "memory_gbs": 1e-3, "flops": 1e30, "link_gbs": 1e-3, "link_latency": 0.0, "launch_seconds": 0.0,
         "kernel_seconds": 0.0, "wait_seconds": 0.0, "host_read_gbs": 1e-3, "host_flops": 1e30,
         "host_expert_seconds": 0.0, "host_job_seconds": 0.0,
