@@ -50,7 +50,7 @@ def _at_rows(table: NDArray[np.float64], rows: int) -> float:
 
 @native
 def sort_by(keys: NDArray[np.float64], ties: NDArray[np.float64], order: NDArray[np.int64]) -> None:
-    """Sort the numbers in `order` by keys, then by `ties`, falling, then by themselves (Shell's sort: short, in place)."""
+    """Sort the numbers in `order` by keys, then by `ties`, falling, then by themselves (Shell's sort: it is short)."""
     for gap in (57, 23, 10, 4, 1):
         for end in range(gap, len(order)):
             item = order[end]

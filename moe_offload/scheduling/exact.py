@@ -1,12 +1,12 @@
 """The best choice for a layer, by branch and bound: exact for few experts, an improvement for more.
 
-Experts are decided in the order in which the device would run them, so that a decision only adds to where each resource ends.
-That order is not known before: an expert on the host arrives after those fetched before it, one that is coming at its own
-time; whichever would be there first is decided first.
+Experts are decided in the order in which the device would run them, so that a decision only adds to where each resource
+ends. That order is not known before: an expert on the host arrives after those fetched before it, one that is coming at
+its own time; whichever would be there first is decided first.
 
-A branch is left where it can hold nothing better: not by either side's end so far, nor if both sides could share evenly what is
-left, each expert taking the time of the side that is faster at it. Of two experts alike, the one that is there sooner or saves
-more later is the one for the device; at batch 1 all are alike, and few choices are left.
+A branch is left where it can hold nothing better: not by either side's end so far, nor if both sides could share evenly
+what is left, each expert taking the time of the side that is faster at it. Of two experts alike, the one that is there
+sooner or saves more later is the one for the device; at batch 1 all are alike, and few choices are left.
 """
 
 import numpy as np
@@ -30,10 +30,8 @@ def _sum_behind(
 
 
 @native
-def branch_and_bound(
-    layer: Layer, best: NDArray[np.bool_], chosen: NDArray[np.bool_], least: float, steps: int
-) -> int:
-    """Improve the choice `best` of objective `least` in at most so many steps; how many are left, below 0: not exact."""
+def branch_and_bound(layer: Layer, best: NDArray[np.bool_], chosen: NDArray[np.bool_], least: float, steps: int) -> int:
+    """Improve the choice `best` of objective `least` in so many steps at most; those left, below 0: not exact."""
     active = len(best)
     either, copied, savings = np.empty(active + 1), np.empty(active + 1), np.empty(active + 1)
     _sum_behind(layer, active, either, copied, savings)

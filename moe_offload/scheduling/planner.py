@@ -1,9 +1,9 @@
 """The planner: which experts of a layer run on the device, which are fetched for it, and which the CPU takes.
 
-A first choice comes from a ranking: an expert's place says at what price of CPU time the device is the better place for it.
-The ranking is cut where both sides end together. What an expert costs the device depends on what is scarce, the link or its
-arithmetic, so there are three rankings. Then experts near the cut change sides while that helps, and branch and bound looks
-for something better: for few experts until there is none.
+A first choice comes from a ranking: an expert's place says at what price of CPU time the device is the better place for
+it. The ranking is cut where both sides end together. What an expert costs the device depends on what is scarce, the
+link or its arithmetic, so there are three rankings, and one for little room. Then experts near the cut change sides
+while that helps, and branch and bound looks for something better: for few experts until there is none.
 """
 
 import numpy as np
@@ -15,9 +15,10 @@ from moe_offload.scheduling.compiling import planning
 from moe_offload.scheduling.exact import branch_and_bound
 from moe_offload.scheduling.layer_plan import LayerCosts, LayerPlan, LayerState
 
-LINK, ARITHMETIC, EITHER, ROOM, STATIC = range(5)  # what is scarce; the last: nothing is fetched
+LINK, ARITHMETIC, EITHER, ROOM, STATIC = range(5)  # what is scarce; the last is no ranking: nothing is fetched
+_PRICE = 0.75  # of CPU time where room is scarce; the device's is the rest to 1
 # Bounds on the search, in experts gone through: what it costs does not grow with a layer's experts.
-_BRANCHED = 24_000  # by branch and bound: with up to 10 experts that is enough for all choices there are
+_BRANCHED = 21_000  # by branch and bound: with up to 10 experts that is enough for all choices there are
 _TRIED = 4096  # near the cut
 _FEW = 16  # up to so many branch and bound alone finds more
 _WINDOW = 6  # experts on either side of the cut that may change sides
@@ -28,21 +29,21 @@ def _rank(layer: Layer, kind: int, keys: NDArray[np.float64], ranking: NDArray[n
     """Rank the experts by the price of CPU time at which the device is the better place."""
     for i in range(len(keys)):
         device = layer.copy if i >= layer.coming else 0.0
-        if kind == ARITHMETIC:
+        if kind == ARITHMETIC or (kind == ROOM and i < layer.coming):
             device = layer.gpu[i]
         elif kind == EITHER:
             device = max(device, layer.gpu[i])
         total = device + layer.cpu[i]
         keys[i] = (device - layer.value[i]) / total if total > 0.0 else -layer.value[i]
-        if kind == ROOM:  # more than there is room for would pay: those first that relieve the CPU most
-            keys[i] = -layer.value[i] - layer.cpu[i] if i >= layer.coming else -np.inf
+        if kind == ROOM and i >= layer.coming:  # what it gains at one price; a high one, as the CPU has to do the rest
+            keys[i] = (1.0 - _PRICE) * layer.gpu[i] - _PRICE * layer.cpu[i] - layer.value[i]
         ranking[i] = i
     sort_by(keys, layer.cpu, ranking)
 
 
 @native
 def _balance(layer: Layer, keys: NDArray[np.float64], ranking: NDArray[np.int64]) -> int:
-    """Where to cut a ranking: so far that the CPU ends no later than the device, and behind all that are worth their price."""
+    """Where to cut a ranking: where the device ends no sooner than the CPU, behind all that later layers pay for."""
     device, link, room = layer.gpu_busy + layer.gpu_start, layer.link_busy, layer.room
     cpu = layer.cpu_start
     for i in range(len(ranking)):
@@ -62,7 +63,7 @@ def _balance(layer: Layer, keys: NDArray[np.float64], ranking: NDArray[np.int64]
 
 @native
 def _cut(layer: Layer, ranking: NDArray[np.int64], count: int, chosen: NDArray[np.bool_]) -> None:
-    """The first `count` of a ranking on the device, save host's experts beyond the room, and those that come too late."""
+    """The first `count` of a ranking on the device, save those beyond the room and those that come too late."""
     room = layer.room
     device, cpu, link = layer.gpu_busy + layer.gpu_start, layer.cpu_start, layer.link_busy
     for rank in range(len(ranking)):
@@ -89,7 +90,7 @@ def first_choice(
     layer: Layer, best: NDArray[np.bool_], chosen: NDArray[np.bool_], keys: NDArray[np.float64],
     ranking: NDArray[np.int64], kept: NDArray[np.int64],
 ) -> tuple[float, int]:  # fmt: skip
-    """The best cut of the rankings, or static placement where that is better: its objective, and where `kept` is cut."""
+    """The best cut of the rankings, or static placement if that is better: its objective, and where `kept` is cut."""
     active = len(best)
     least = np.inf
     cut = middle = 0
@@ -107,7 +108,7 @@ def first_choice(
                 for i in range(active):
                     chosen[i] = i < layer.coming
             seconds, saved, _, _ = finish(layer, chosen)
-            if seconds - saved < least:
+            if kind + trial == 0 or seconds - saved < least:
                 least = seconds - saved
                 for i in range(active):
                     best[i] = chosen[i]
@@ -119,7 +120,9 @@ def first_choice(
 
 
 @native
-def change_sides(layer: Layer, ranking: NDArray[np.int64], cut: int, least: float, best: NDArray[np.bool_], left: int) -> float:
+def change_sides(
+    layer: Layer, ranking: NDArray[np.int64], cut: int, least: float, best: NDArray[np.bool_], left: int
+) -> float:
     """Let experts near the cut change sides, one or two at a time, while that helps; `left` trials at most."""
     fetched = 0
     for i in range(layer.coming, len(best)):
@@ -157,9 +160,7 @@ def _plan(  # type: ignore[no-untyped-def]
     rows, where, ready, value, cpu, gpu, copy, cpu_start, gpu_start, join, link_busy, gpu_busy, room,
     action, gpu_order, fetch_order,
 ):  # fmt: skip
-    layer = read_layer(
-        rows, where, ready, value, cpu, gpu, copy, cpu_start, gpu_start, join, link_busy, gpu_busy, room
-    )
+    layer = read_layer(rows, where, ready, value, cpu, gpu, copy, cpu_start, gpu_start, join, link_busy, gpu_busy, room)
     active = len(rows)
     best, chosen = np.empty(active, np.bool_), np.empty(active, np.bool_)
     least, cut = first_choice(layer, best, chosen, np.empty(active), gpu_order, fetch_order)

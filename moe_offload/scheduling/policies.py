@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_offload.scheduling.arrangement import arrange
-from moe_offload.scheduling.layer_plan import HOST, LayerCosts, LayerPlan, LayerState, Planner, curve
+from moe_offload.scheduling.layer_plan import HOST, SLOT, LayerCosts, LayerPlan, LayerState, Planner, curve
 from moe_offload.scheduling.planner import plan_makespan
 
 OFFLOAD_TOKENS = 32  # llama.cpp's GGML_OP_OFFLOAD_MIN_BATCH
@@ -77,34 +77,33 @@ def plan_qstar(state: LayerState, costs: LayerCosts) -> LayerPlan:
 
 
 def plan_greedy(state: LayerState, costs: LayerCosts) -> LayerPlan:
-    """A simulation that gives experts away one by one (HybriMoE, as far as it is described).
+    """A simulation that gives each expert to where it ends first, one by one (HybriMoE, as far as it is described).
 
-    The device begins with what it has. Of the misses the CPU is offered the one with the fewest rows and the link the
-    one with the most; the side that would end it first gets it. When no miss is left the CPU takes experts of the
-    fewest rows off the device while it ends them before the device would end without help.
+    The device is offered what it has, what is there first and has the most rows before others; the link the miss with
+    the most rows, for the device to run then; the CPU the miss with the fewest, and when there is none left, of what
+    the device has.
     """
-    cpu = {position: curve(costs.cpu, rows) for position, rows in enumerate(state.rows)}
-    gpu = {position: curve(costs.gpu, rows) for position, rows in enumerate(state.rows)}
-    on_device = state.where != HOST
-    present = sorted(np.flatnonzero(on_device).tolist(), key=lambda position: state.ready[position])
+    cpu, gpu = ([curve(table, rows) for rows in state.rows.tolist()] for table in (costs.cpu, costs.gpu))
+    rows, ready = state.rows.tolist(), np.where(state.where == SLOT, 0.0, state.ready).tolist()
+    misses = _misses(state).tolist()
+    present = sorted(np.flatnonzero(state.where != HOST).tolist(), key=lambda p: (ready[p], -rows[p]))
+    on_device = np.zeros(len(rows), np.bool_)
     device, processor, link = state.gpu_busy + costs.gpu_start, costs.cpu_start, state.link_busy
-    for position in present:
-        device = max(device, state.ready[position] if state.where[position] != HOST else 0.0) + gpu[position]
-    misses, room = _misses(state).tolist(), state.room
-    while misses:
-        by_cpu = processor + cpu[misses[-1]]
-        by_device = max(device, link + costs.copy) + gpu[misses[0]]
-        if room <= 0 or by_cpu <= by_device:
-            misses.pop()
+    room = state.room
+    while misses or present:
+        smallest = misses[-1] if misses else min(present, key=lambda p: rows[p])
+        by_cpu = processor + cpu[smallest]
+        by_device = max(device, ready[present[0]]) + gpu[present[0]] if present else np.inf
+        by_link = max(device, link + costs.copy) + gpu[misses[0]] if misses and room > 0 else np.inf
+        if by_device <= min(by_cpu, by_link):
+            on_device[present.pop(0)] = True
+            device = by_device
+        elif by_cpu <= by_link:
+            (misses or present).remove(smallest)
             processor = by_cpu
         else:
             on_device[misses.pop(0)] = True
-            device, link, room = by_device, link + costs.copy, room - 1
-    for position in sorted(present, key=lambda position: state.rows[position]):
-        if processor + cpu[position] >= device - gpu[position]:
-            break
-        on_device[position] = False
-        processor, device = processor + cpu[position], device - gpu[position]
+            device, link, room = by_link, link + costs.copy, room - 1
     return arrange(state, costs, on_device)
 
 

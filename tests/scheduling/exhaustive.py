@@ -35,7 +35,9 @@ def least_objective(state: LayerState, costs: LayerCosts) -> float:
     chosen: NDArray[np.bool_] = (np.arange(1 << active)[:, None] >> np.arange(active)) % 2 == 1
     fetched = chosen & host
     chosen, fetched = (mask[fetched.sum(axis=1) <= state.room] for mask in (chosen, fetched))
-    arrival = np.where(host, state.link_busy + costs.copy * fetched.cumsum(axis=1), state.ready[order] * (where == COMING))
+    arrival = np.where(
+        host, state.link_busy + costs.copy * fetched.cumsum(axis=1), state.ready[order] * (where == COMING)
+    )
     start = state.gpu_busy + costs.gpu_start
     device = start + np.where(chosen, gpu, 0.0).sum(axis=1)
     for expert in range(active):
@@ -64,7 +66,7 @@ def least_over_orders(state: LayerState, costs: LayerCosts) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Regime:
-    """Times of one kind of server and batch in milliseconds: a + b * rows for an expert, and the rows that experts have."""
+    """One kind of server and batch: milliseconds a + b * rows of an expert, and the rows that experts have."""
 
     cpu: tuple[float, float]
     gpu: tuple[float, float]
