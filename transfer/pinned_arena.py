@@ -54,9 +54,7 @@ class PinnedBuffer(Buffer):
 
     @property
     def seen(self) -> torch.Tensor:
-        """The bytes as the device sees them, for kernels. Looked up once: asking the driver takes longer than a
-        launch.
-        """
+        """The bytes as the device sees them, for kernels."""
         if self._seen is None or self.arena.closed:
             with torch.inference_mode(False):
                 self._seen = self.arena.view(self.start, self.nbytes)
@@ -74,6 +72,7 @@ class PinnedArena(HostArena):
         self.nbytes, self.closed = nbytes, False
         self._locker, self._segment, self._next = locker, segment, 0
         self._locked: list[int] = []
+        self._views: dict[int, torch.Tensor] = {}  # of whole segments, on the device
         try:
             # private: shared anonymous memory gets no huge pages
             self._map = mmap.mmap(-1, _round_up(nbytes, ALIGNMENT), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -127,20 +126,26 @@ class PinnedArena(HostArena):
         return self._bytes[start : start + nbytes]
 
     def view(self, start: int, nbytes: int) -> torch.Tensor:
-        """Some of the bytes on the device."""
-        return self._locker.view(int(self.array(start, nbytes).ctypes.data), nbytes)
+        """Some of the bytes as the device sees them. Every segment is asked for once: it takes longer than a launch."""
+        array = self.array(start, nbytes)
+        first = start - start % self._segment
+        whole = self._views.get(first)
+        if whole is None:
+            size = min(self._segment, self._bytes.size - first)
+            whole = self._views[first] = self._locker.view(int(array.ctypes.data) - (start - first), size)
+        return whole[start - first : start - first + nbytes]
 
     def close(self) -> None:
         """Arrays that somebody still holds read zeros from then on."""
         if self.closed:
             return
         self.closed = True
-        # A lost device is through with everything, and its context takes the locks along: nothing to do about a
-        # refusal.
+        # A refusal is that of a lost device, which is through with everything; its context takes the locks along.
         if self._locked:
             self._locker.wait()
         kept = [why for address in self._locked if (why := self._locker.unlock(address)) is not None]
         self._locked.clear()
+        self._views.clear()
         self._bytes = np.empty(0, np.uint8)
         if not kept:
             self._map.madvise(mmap.MADV_DONTNEED)  # the memory goes back even where an array keeps the mapping

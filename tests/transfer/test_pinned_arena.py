@@ -44,6 +44,7 @@ class FakeLocker:
 
     def view(self, address: int, nbytes: int) -> torch.Tensor:
         self.views += 1
+        assert nbytes <= self.locked[address]  # no view reaches beyond what was locked
         data = (ctypes.c_uint8 * nbytes).from_address(address)
         return torch.from_numpy(np.frombuffer(data, np.uint8))
 
@@ -95,10 +96,22 @@ def test_parts_are_views_of_the_same_bytes() -> None:
     np.testing.assert_array_equal(part.host(), buffer.host()[305:335])
     part.tensor.fill_(7)
     assert bool((part.seen == 7).all()) and bool((buffer.host()[305:335] == 7).all())
-    assert part.seen is part.seen and locker.views == 1  # asked for once
+    assert part.seen is part.seen and bool((buffer.part(305, 30).seen == 7).all())
+    assert locker.views == 1  # a segment is asked for once
     for offset, nbytes in [(-1, 5), (0, 0), (0, 10_001), (9_999, 2)]:
         with pytest.raises(IndexError, match="are not in its 10000 bytes"):
             buffer.part(offset, nbytes)
+
+
+def test_the_device_sees_every_buffer_where_it_is() -> None:
+    arena = PinnedArena(3 * SEGMENT - 100, FakeLocker(), segment=SEGMENT)
+    buffers = [arena.take(size, f"buffer {size}") for size in (5000, 3000, 4096, 4000, 10)]
+    for number, buffer in enumerate(buffers):
+        buffer.host(write=True)[:] = number
+    for number, buffer in enumerate(buffers):
+        assert buffer.seen.numel() == buffer.nbytes and bool((buffer.seen == number).all())
+        assert buffer.seen.data_ptr() == buffer.tensor.data_ptr() == buffer.host().ctypes.data
+    arena.close()
 
 
 def test_a_refusal_half_way_gives_everything_back_and_says_how_much_there_is() -> None:
