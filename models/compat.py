@@ -11,7 +11,6 @@ import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -190,7 +189,6 @@ def set_attention_implementation(config: Any, name: str) -> None:
     config._attn_implementation_internal = name
 
 
-@cache
 def keeps_what_the_cache_returns(attention: type[nn.Module]) -> str:
     """Why a dispatched attention needs what its cache returns for itself; empty where it only hands it on.
 
@@ -219,7 +217,6 @@ def _called(node: ast.AST) -> str:
     return ast.unparse(node.func) if isinstance(node, ast.Call) else ""
 
 
-@cache
 def asks_for_sdpa_by_name(module: type[nn.Module]) -> bool:
     """Whether a class compares the implementation's name: under another one it would compute differently."""
     codes = [inspect.unwrap(each).__code__ for each in vars(module).values() if inspect.isfunction(each)]

@@ -1,7 +1,7 @@
 """Which attention layers of a model may have their KV cache in host memory, and what keeps the others on the device."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,11 +43,15 @@ def attention_layers(model: Any) -> tuple[AttentionLayer, ...]:
     """All layers of the cache that a model makes for itself."""
     kinds = DynamicCache(config=model.config).layers
     found: dict[int, list[Any]] = {}
-    by_name = any(compat.asks_for_sdpa_by_name(type(module)) for module in model.modules())
     for module in model.modules():
         if compat.is_dispatched_attention(module) and getattr(module, "layer_idx", None) is not None:
             found.setdefault(module.layer_idx, []).append(module)
-    return tuple(_describe(index, found.get(index, []), kind, by_name) for index, kind in enumerate(kinds))
+    attentions: set[type[nn.Module]] = {type(module) for modules in found.values() for module in modules}
+    obstacles = {each: compat.keeps_what_the_cache_returns(each) for each in attentions}
+    classes: set[type[nn.Module]] = {type(module) for module in model.modules()}
+    if any(compat.asks_for_sdpa_by_name(each) for each in classes):
+        obstacles = {each: reason or "the model asks for sdpa by its name" for each, reason in obstacles.items()}
+    return tuple(_describe(index, found.get(index, []), kind, obstacles) for index, kind in enumerate(kinds))
 
 
 def schedulable_layers(model: Any) -> list[bool]:
@@ -63,7 +67,7 @@ def explain(layers: Sequence[AttentionLayer]) -> str:
     return f"KV cache of {free} of {len(layers)} layers may be on either side" + (f" ({reasons})" if reasons else "")
 
 
-def _describe(index: int, modules: list[Any], kind: Any, by_name: bool) -> AttentionLayer:
+def _describe(index: int, modules: list[Any], kind: Any, obstacles: Mapping[type[nn.Module], str]) -> AttentionLayer:
     window = int(getattr(kind, "sliding_window", 0) or 0)
     if len(modules) != 1:
         obstacle = "several attentions share it" if modules else "no attention with keys and values"
@@ -71,9 +75,7 @@ def _describe(index: int, modules: list[Any], kind: Any, by_name: bool) -> Atten
     (module,) = modules
     named = module.config._attn_implementation
     implementation = next((former for former, ours in NAMES.items() if ours == named), named)
-    obstacle = _obstacle(module, kind, implementation)
-    if not obstacle and by_name:
-        obstacle = "the model asks for sdpa by its name"
+    obstacle = _obstacle(module, kind, implementation) or obstacles[type(module)]
     return AttentionLayer(index, module, implementation, obstacle, _width(module), window)
 
 
@@ -82,13 +84,14 @@ def _obstacle(module: Any, kind: Any, implementation: str) -> str:
         return "a sliding window" if kind.is_sliding else f"a cache of its own kind, {type(kind).__name__}"
     if implementation == "eager" and type(module).__name__ not in SINK_CLASSES or implementation not in NAMES:
         return f"the attention is {implementation!r}, which is not replaced"
-    return compat.keeps_what_the_cache_returns(type(module))
+    return ""
 
 
 def _width(module: Any) -> int:
     projections = [getattr(module, name, None) for name in ("k_proj", "v_proj")]
-    if all(isinstance(each, nn.Module) and hasattr(each, "out_features") for each in projections):
-        return sum(int(each.out_features) for each in projections)  # type: ignore[union-attr]
+    outputs = [int(getattr(each, "out_features", 0)) for each in projections]
+    if all(outputs):
+        return sum(outputs)
     config = module.config
     latent = getattr(config, "kv_lora_rank", None)
     if latent:

@@ -42,8 +42,8 @@ class AttentionObserver(Protocol):
         return run()
 
     def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The queries [B, Hq, D] f32 in host memory, contiguous, ready to be read."""
-        return tensor.to("cpu").contiguous()
+        """The queries [B, Hq, D] in host memory, ready to be read."""
+        return tensor.to("cpu")
 
     def to_device(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         """The CPU's result [B, 1, Hq, Dv] on the device."""
@@ -60,8 +60,7 @@ class _Shared:
     def __init__(self, observer: AttentionObserver, team: Team) -> None:
         self.observer, self.team = observer, team
         self._kernels: dict[AttentionShape, DecodeAttention] = {}
-        self._mask: tuple[Any, ...] = ()
-        self._starts: NDArray[np.int64] | None = None
+        self._last: tuple[Any, int, int, int, NDArray[np.int64] | None] | None = None
 
     def kernel(self, shape: AttentionShape) -> DecodeAttention:
         if shape not in self._kernels:
@@ -70,12 +69,13 @@ class _Shared:
 
     def starts(self, mask: torch.Tensor | None, batch: int, length: int) -> NDArray[np.int64] | None:
         """The first position that each sequence sees; None for a mask with holes. All layers are handed one mask."""
-        last = self._mask
+        last = self._last
         version = mask._version if mask is not None and not mask.is_inference() else 0
-        if not (last and last[0] is mask and last[1:] == (version, batch, length)):
-            self._mask = mask, version, batch, length
-            self._starts = first_seen(None if mask is None else mask.to("cpu"), batch, length)
-        return self._starts
+        if last is not None and last[0] is mask and last[1:4] == (version, batch, length):
+            return last[4]
+        starts = first_seen(None if mask is None else mask.to("cpu"), batch, length)
+        self._last = mask, version, batch, length, starts  # at once: there may be other threads
+        return starts
 
 
 class AttentionHandle:
@@ -107,6 +107,7 @@ class AttentionHandle:
         def run() -> torch.Tensor:
             nonlocal weights
             keys, values = key.to(query.device), value.to(query.device)
+            result: torch.Tensor
             result, weights = self.former(module, query, keys, values, attention_mask, **kwargs)
             return result
 
@@ -119,7 +120,7 @@ class AttentionHandle:
         """What runs the CPU's kernel; None for what it does not know."""
         batch, q_heads, queries, size = query.shape
         kv_heads, length = key.shape[1:3]
-        if queries != 1 or kwargs.get("dropout") or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[no-untyped-call]
+        if queries != 1 or kwargs.get("dropout") or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
             return None
         if any(given is not None and given is not False for name, given in kwargs.items() if name not in _HARMLESS):
             return None
@@ -141,7 +142,7 @@ class AttentionHandle:
 
         def run() -> torch.Tensor:
             shared = self.shared
-            q = shared.observer.to_host(query[:, :, 0].to(torch.float32))
+            q = shared.observer.to_host(query[:, :, 0]).to(torch.float32).contiguous()
             out = torch.empty((batch, 1, q_heads, value.shape[3]), dtype=torch.float32)
             kernel(
                 q.numpy(), _stored(key), _stored(value), np.full(batch, length, np.int64), out[:, 0].numpy(),

@@ -35,9 +35,11 @@ def origin_of(keys: torch.Tensor) -> Origin | None:
     return getattr(keys, _ORIGIN, None)
 
 
-class HostLayer(DynamicLayer):
+class HostLayer(DynamicLayer):  # type: ignore[misc]
     """Keys and values [B, Hkv, length, D] in host memory; `home` is the device that they come from."""
 
+    keys: Any
+    values: Any
     home = _HOST
     _room: Room | None = None
 
@@ -102,8 +104,8 @@ class HostLayer(DynamicLayer):
             if self.keys is room.shown_keys and self.values is room.shown_values:
                 return room
         capacity = max(_LEAST, (length + length // 4) // 64 * 64 + 128)
-        new = [_roomy(new, old, past, capacity) for new, old in ((keys, self.keys), (values, self.values))]
-        self._room = room = Room(id(self), *new, filled=past)
+        buffers = _roomy(keys, self.keys, past, capacity), _roomy(values, self.values, past, capacity)
+        self._room = room = Room(id(self), *buffers, past)
         return room
 
 

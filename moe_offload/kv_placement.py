@@ -35,8 +35,13 @@ class AttentionCosts(Protocol):
 class ExpertSlots(Protocol):
     """The other side of the device's memory. What it has allocated is in the accelerator's `used`."""
 
-    slot_bytes: int
-    count: int  # now
+    @property
+    def slot_bytes(self) -> int: ...
+
+    @property
+    def count(self) -> int:
+        """How many there are now."""
+        ...
 
     def seconds(self) -> NDArray[np.float64]:
         """What the first, the second, ... slot saves in a step, as many as there can be."""
@@ -163,17 +168,18 @@ class KvPlacement:
         return sum(nbytes for reference, nbytes in self._held if reference() is cache)
 
     def _forget_the_dead(self) -> None:
-        dead = sum(nbytes for reference, nbytes in self._held if reference() is None)
+        alive = [each for each in self._held if each[0]() is not None]
+        dead = [each for each in self._held if each not in alive]
         if dead:
-            self.accelerator.reserve(-dead, _NAME)
-            self._held = [each for each in self._held if each[0]() is not None]
+            self.accelerator.reserve(-sum(nbytes for _, nbytes in dead), _NAME)
+            self._held = alive
 
     def _measure(self, cache: Any) -> bool:
         """Take the layers' sizes from what the cache holds, where it does; whether they are others than was thought."""
         before, self._measured = list(self._bytes), False
         for index, layer in enumerate(cache.layers[: len(self.layers)]):
             keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-            if keys is not None and keys.dim() == 4 and keys.numel():
+            if keys is not None and values is not None and keys.dim() == 4 and keys.numel():
                 self._bytes[index] = (keys.nbytes + values.nbytes) // (keys.shape[0] * keys.shape[2])
                 self._measured = True
         return self._bytes != before

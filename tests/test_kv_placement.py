@@ -19,6 +19,7 @@ from moe_offload.cpu_kernels import ThreadTeam
 from moe_offload.device_attention import PlainObserver, attach
 from moe_offload.host_cache import HostLayer, host_layers
 from moe_offload.kv_placement import KvPlacement
+from moe_offload.scheduling.memory_share import ShareDemand
 from moe_offload.transfer.accelerator import OutOfDeviceMemoryError
 from moe_offload.transfer.server_profile import find_profile
 from moe_offload.transfer.virtual import VirtualAccelerator
@@ -54,7 +55,7 @@ class Slots:
         return len(self.buffers)
 
     def seconds(self) -> NDArray[np.float64]:
-        return self.worth * 0.9 ** np.arange(self.most)
+        return np.array([self.worth * 0.9**n for n in range(self.most)])
 
     def resize(self, count: int) -> None:
         self.sizes.append(count)
@@ -148,7 +149,7 @@ def test_slots_that_save_more_push_the_cache_out(model: PreTrainedModel) -> None
 def test_a_growing_context_takes_from_the_slots_and_seldom(model: PreTrainedModel) -> None:
     placement = make(model, MODEL_BYTES + 120 * SLOT, worth=1e-7)
     cache = DynamicCache(config=model.config)
-    resized = []
+    resized: list[int] = []
     for length in range(1, 3000):
         placement.before_forward(cache, 1, length)
         placement._measured = True  # as once the cache holds something
@@ -161,7 +162,12 @@ def test_a_growing_context_takes_from_the_slots_and_seldom(model: PreTrainedMode
 def test_most_steps_ask_nothing(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     placement = make(model, MODEL_BYTES + 100 * SLOT)
     hook, asked = model.register_forward_pre_hook(placement.hook, with_kwargs=True), []
-    monkeypatch.setattr(placement, "_demand", lambda *args: asked.append(args) or KvPlacement._demand(placement, *args))
+
+    def demand(*args: Any) -> ShareDemand:
+        asked.append(args)
+        return KvPlacement._demand(placement, *args)
+
+    monkeypatch.setattr(placement, "_demand", demand)
     tokens(model, tiny_models.token_ids(1, 5), max_new_tokens=30)
     hook.remove()
     assert len(asked) == 1
