@@ -15,6 +15,10 @@ from moe_offload.cpu_kernels.jit import native
 from moe_offload.scheduling.compiling import planning
 from moe_offload.scheduling.layer_plan import COMING, CPU, FETCH, GPU, HOST, SLOT, LayerCosts, LayerPlan, LayerState
 
+Times = NDArray[np.float64]
+Counts = NDArray[np.int64]
+Places = NDArray[np.int8]
+Choice = NDArray[np.bool_]
 # rows, where, ready, value; tables of CPU and GPU; copy, cpu_start, gpu_start, join, link_busy, gpu_busy, room
 ARGUMENTS = (
     "int64[::1], int8[::1], float64[::1], float64[::1],"
@@ -26,13 +30,13 @@ ARGUMENTS = (
 class Layer(NamedTuple):
     """A layer as compiled code sees it; arrays [A] in the order above, `order` their positions in the state."""
 
-    order: NDArray[np.int64]
+    order: Counts
     slots: int  # where the experts in slots end, and where the coming ones do
     coming: int
-    cpu: NDArray[np.float64]
-    gpu: NDArray[np.float64]
-    ready: NDArray[np.float64]
-    value: NDArray[np.float64]
+    cpu: Times
+    gpu: Times
+    ready: Times
+    value: Times
     copy: float
     cpu_start: float
     gpu_start: float
@@ -43,13 +47,14 @@ class Layer(NamedTuple):
 
 
 @native
-def _at_rows(table: NDArray[np.float64], rows: int) -> float:
+def _at_rows(table: Times, rows: int) -> float:
     last = len(table) - 1
-    return table[rows] if rows <= last else table[last] * rows / last
+    seconds: float = table[rows] if rows <= last else table[last] * rows / last
+    return seconds
 
 
 @native
-def sort_by(keys: NDArray[np.float64], ties: NDArray[np.float64], order: NDArray[np.int64]) -> None:
+def sort_by(keys: Times, ties: Times, order: Counts) -> None:
     """Sort the numbers in `order` by keys, then by `ties`, falling, then by themselves (Shell's sort: it is short)."""
     for gap in (57, 23, 10, 4, 1):
         for end in range(gap, len(order)):
@@ -68,7 +73,10 @@ def sort_by(keys: NDArray[np.float64], ties: NDArray[np.float64], order: NDArray
 
 
 @native
-def read_layer(rows, where, ready, value, cpu, gpu, copy, cpu_start, gpu_start, join, link_busy, gpu_busy, room):  # type: ignore[no-untyped-def]
+def read_layer(
+    rows: Counts, where: Places, ready: Times, value: Times, cpu: Times, gpu: Times, copy: float, cpu_start: float,
+    gpu_start: float, join: float, link_busy: float, gpu_busy: float, room: int,
+) -> Layer:  # fmt: skip
     """A `Layer` from a state's and costs' fields."""
     active = len(rows)
     order = np.empty(active, np.int64)
@@ -101,7 +109,7 @@ def read_layer(rows, where, ready, value, cpu, gpu, copy, cpu_start, gpu_start, 
 
 
 @native
-def finish(layer: Layer, chosen: NDArray[np.bool_]) -> tuple[float, float, float, float]:
+def finish(layer: Layer, chosen: Choice) -> tuple[float, float, float, float]:
     """Makespan, its later savings, and when the CPU and the device end, with the chosen experts on the device."""
     device = layer.gpu_busy + layer.gpu_start
     cpu = layer.cpu_start
@@ -145,7 +153,7 @@ def finish(layer: Layer, chosen: NDArray[np.bool_]) -> tuple[float, float, float
 
 
 @native
-def write_plan(layer, chosen, action, gpu_order, fetch_order):  # type: ignore[no-untyped-def]
+def write_plan(layer: Layer, chosen: Choice, action: Places, gpu_order: Counts, fetch_order: Counts) -> tuple[int, int]:
     """The plan of a choice, into arrays [A]; how many the device runs, and how many of those are fetched."""
     on_device = 0
     fetched = 0
@@ -178,10 +186,11 @@ def write_plan(layer, chosen, action, gpu_order, fetch_order):  # type: ignore[n
 
 
 @planning(f"Tuple((float64, int64, int64))({ARGUMENTS}, boolean[::1], int8[::1], int64[::1], int64[::1])")
-def _arrange(  # type: ignore[no-untyped-def]
-    rows, where, ready, value, cpu, gpu, copy, cpu_start, gpu_start, join, link_busy, gpu_busy, room,
-    on_device, action, gpu_order, fetch_order,
-):  # fmt: skip
+def _arrange(
+    rows: Counts, where: Places, ready: Times, value: Times, cpu: Times, gpu: Times, copy: float, cpu_start: float,
+    gpu_start: float, join: float, link_busy: float, gpu_busy: float, room: int,
+    on_device: Choice, action: Places, gpu_order: Counts, fetch_order: Counts,
+) -> tuple[float, int, int]:  # fmt: skip
     layer = read_layer(rows, where, ready, value, cpu, gpu, copy, cpu_start, gpu_start, join, link_busy, gpu_busy, room)
     chosen = np.empty(len(rows), np.bool_)
     for i in range(len(rows)):
@@ -199,7 +208,7 @@ def arguments(state: LayerState, costs: LayerCosts) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def arrange(state: LayerState, costs: LayerCosts, on_device: NDArray[np.bool_]) -> LayerPlan:
+def arrange(state: LayerState, costs: LayerCosts, on_device: Choice) -> LayerPlan:
     """The plan that runs the experts of a mask [A] on the device, in the best order, and the others on the CPU."""
     active = len(state.rows)
     action, orders = np.empty(active, np.int8), np.empty((2, active), np.int64)

@@ -10,16 +10,13 @@ sooner or saves more later is the one for the device; at batch 1 all are alike, 
 """
 
 import numpy as np
-from numpy.typing import NDArray
 
 from moe_offload.cpu_kernels.jit import native
-from moe_offload.scheduling.arrangement import Layer
+from moe_offload.scheduling.arrangement import Choice, Layer, Times
 
 
 @native
-def _sum_behind(
-    layer: Layer, active: int, either: NDArray[np.float64], copied: NDArray[np.float64], savings: NDArray[np.float64]
-) -> None:
+def _sum_behind(layer: Layer, active: int, either: Times, copied: Times, savings: Times) -> None:
     """Sums from an expert on: the faster side's time; of CPU and link for the host's experts; what they save."""
     either[active] = copied[active] = savings[active] = 0.0
     for i in range(active - 1, -1, -1):
@@ -30,7 +27,7 @@ def _sum_behind(
 
 
 @native
-def branch_and_bound(layer: Layer, best: NDArray[np.bool_], chosen: NDArray[np.bool_], least: float, steps: int) -> int:
+def branch_and_bound(layer: Layer, best: Choice, chosen: Choice, least: float, steps: int) -> int:
     """Improve the choice `best` of objective `least` in so many steps at most; those left, below 0: not exact."""
     active = len(best)
     either, copied, savings = np.empty(active + 1), np.empty(active + 1), np.empty(active + 1)
@@ -108,4 +105,5 @@ def branch_and_bound(layer: Layer, best: NDArray[np.bool_], chosen: NDArray[np.b
 @native
 def _no_better(layer: Layer, one: int, other: int) -> bool:
     same = layer.cpu[one] == layer.cpu[other] and layer.gpu[one] == layer.gpu[other]
-    return same and layer.value[one] <= layer.value[other]
+    gains_no_more: bool = layer.value[one] <= layer.value[other]
+    return same and gains_no_more

@@ -7,10 +7,11 @@ while that helps, and branch and bound looks for something better: for few exper
 """
 
 import numpy as np
-from numpy.typing import NDArray
 
 from moe_offload.cpu_kernels.jit import native
-from moe_offload.scheduling.arrangement import ARGUMENTS, Layer, arguments, finish, read_layer, sort_by, write_plan
+from moe_offload.scheduling.arrangement import (
+    ARGUMENTS, Choice, Counts, Layer, Places, Times, arguments, finish, read_layer, sort_by, write_plan,
+)  # fmt: skip
 from moe_offload.scheduling.compiling import planning
 from moe_offload.scheduling.exact import branch_and_bound
 from moe_offload.scheduling.layer_plan import LayerCosts, LayerPlan, LayerState
@@ -25,7 +26,7 @@ _WINDOW = 6  # experts on either side of the cut that may change sides
 
 
 @native
-def _rank(layer: Layer, kind: int, keys: NDArray[np.float64], ranking: NDArray[np.int64]) -> None:
+def _rank(layer: Layer, kind: int, keys: Times, ranking: Counts) -> None:
     """Rank the experts by the price of CPU time at which the device is the better place."""
     for i in range(len(keys)):
         device = layer.copy if i >= layer.coming else 0.0
@@ -42,7 +43,7 @@ def _rank(layer: Layer, kind: int, keys: NDArray[np.float64], ranking: NDArray[n
 
 
 @native
-def _balance(layer: Layer, keys: NDArray[np.float64], ranking: NDArray[np.int64]) -> int:
+def _balance(layer: Layer, keys: Times, ranking: Counts) -> int:
     """Where to cut a ranking: where the device ends no sooner than the CPU, behind all that later layers pay for."""
     device, link, room = layer.gpu_busy + layer.gpu_start, layer.link_busy, layer.room
     cpu = layer.cpu_start
@@ -62,7 +63,7 @@ def _balance(layer: Layer, keys: NDArray[np.float64], ranking: NDArray[np.int64]
 
 
 @native
-def _cut(layer: Layer, ranking: NDArray[np.int64], count: int, chosen: NDArray[np.bool_]) -> None:
+def _cut(layer: Layer, ranking: Counts, count: int, chosen: Choice) -> None:
     """The first `count` of a ranking on the device, save those beyond the room and those that come too late."""
     room = layer.room
     device, cpu, link = layer.gpu_busy + layer.gpu_start, layer.cpu_start, layer.link_busy
@@ -87,8 +88,8 @@ def _cut(layer: Layer, ranking: NDArray[np.int64], count: int, chosen: NDArray[n
 
 @native
 def first_choice(
-    layer: Layer, best: NDArray[np.bool_], chosen: NDArray[np.bool_], keys: NDArray[np.float64],
-    ranking: NDArray[np.int64], kept: NDArray[np.int64],
+    layer: Layer, best: Choice, chosen: Choice, keys: Times,
+    ranking: Counts, kept: Counts,
 ) -> tuple[float, int]:  # fmt: skip
     """The best cut of the rankings, or static placement if that is better: its objective, and where `kept` is cut."""
     active = len(best)
@@ -120,9 +121,7 @@ def first_choice(
 
 
 @native
-def change_sides(
-    layer: Layer, ranking: NDArray[np.int64], cut: int, least: float, best: NDArray[np.bool_], left: int
-) -> float:
+def change_sides(layer: Layer, ranking: Counts, cut: int, least: float, best: Choice, left: int) -> float:
     """Let experts near the cut change sides, one or two at a time, while that helps; `left` trials at most."""
     fetched = 0
     for i in range(layer.coming, len(best)):
@@ -156,10 +155,11 @@ def change_sides(
 
 
 @planning(f"Tuple((float64, int64, int64))({ARGUMENTS}, int8[::1], int64[::1], int64[::1])")
-def _plan(  # type: ignore[no-untyped-def]
-    rows, where, ready, value, cpu, gpu, copy, cpu_start, gpu_start, join, link_busy, gpu_busy, room,
-    action, gpu_order, fetch_order,
-):  # fmt: skip
+def _plan(
+    rows: Counts, where: Places, ready: Times, value: Times, cpu: Times, gpu: Times, copy: float, cpu_start: float,
+    gpu_start: float, join: float, link_busy: float, gpu_busy: float, room: int,
+    action: Places, gpu_order: Counts, fetch_order: Counts,
+) -> tuple[float, int, int]:  # fmt: skip
     layer = read_layer(rows, where, ready, value, cpu, gpu, copy, cpu_start, gpu_start, join, link_busy, gpu_busy, room)
     active = len(rows)
     best, chosen = np.empty(active, np.bool_), np.empty(active, np.bool_)

@@ -28,7 +28,7 @@ def least_objective(state: LayerState, costs: LayerCosts) -> float:
     A device that takes what arrives first ends at the latest of: an arrival, and all runs from it on.
     """
     active = len(state.rows)
-    order = np.lexsort((np.arange(active), [-curve(costs.gpu, rows) for rows in state.rows.tolist()]))
+    order = np.argsort([-curve(costs.gpu, rows) for rows in state.rows.tolist()], kind="stable")
     rows, where = state.rows[order].tolist(), state.where[order]
     cpu, gpu = (np.array([curve(table, count) for count in rows]) for table in (costs.cpu, costs.gpu))
     host = where == HOST
@@ -101,7 +101,9 @@ def random_layer(
     low, high = np.log(regime.rows[0]), np.log(regime.rows[1] + 0.99)
     rows = np.exp(rng.uniform(low, high, active)).astype(np.int64)
     resident, coming = rng.uniform(0, 0.8), rng.uniform(0, 0.3)
-    where = rng.choice([HOST, COMING, SLOT], active, p=np.array([1, coming, resident]) / (1 + coming + resident))
+    where = rng.choice(
+        np.array([HOST, COMING, SLOT]), active, p=np.array([1, coming, resident]) / (1 + coming + resident)
+    )
     ready = np.where(where == COMING, rng.uniform(0, 3 * copy, active), 0.0)
     value = rng.uniform(-0.2, 0.6, active) * copy * rng.choice([0.5, 1.0, 4.0]) * (where == HOST) * values
     state = LayerState(

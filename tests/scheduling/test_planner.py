@@ -28,11 +28,13 @@ from tests.scheduling.exhaustive import REGIMES, least_objective, least_over_ord
 COSTS = LayerCosts(np.arange(5.0), np.array([0.0, 2.0, 2.0, 2.0, 2.0]), copy=5.0)
 
 
-def layer(rows: list[int], where: list[int], ready: list[float] | None = None, **others: float) -> LayerState:
+def layer(
+    rows: list[int], where: list[int], ready: list[float] | None = None, link_busy: float = 0.0, gpu_busy: float = 0.0
+) -> LayerState:
     active = len(rows)
     return LayerState(
         0, 4, np.arange(active, dtype=np.int32), np.array(rows, np.int64), np.array(where, np.int8),
-        np.array(ready or [0.0] * active, np.float64), np.zeros(active), **others,
+        np.array(ready or [0.0] * active, np.float64), np.zeros(active), link_busy, gpu_busy,
     )  # fmt: skip
 
 
@@ -182,7 +184,7 @@ def test_a_plan_depends_on_its_arguments_alone() -> None:
         for one, other in ((first.action, second.action), (first.gpu_order, second.gpu_order)):
             assert one.tolist() == other.tolist()
         after = [state.rows, state.where, state.ready, state.value, costs.cpu]
-        assert all((one == other).all() for one, other in zip(before, after, strict=True))
+        assert all(np.array_equal(one, other) for one, other in zip(before, after, strict=True))
 
 
 def test_numbers_that_are_not_numbers_end_nowhere_else() -> None:

@@ -16,7 +16,8 @@ STATE = layer([1, 2, 4, 9, 2], [HOST, HOST, HOST, HOST, SLOT])
 
 
 def actions(name: str, state: LayerState, costs: LayerCosts = COSTS) -> list[int]:
-    return find_policy(name).planner(state, costs).action.tolist()
+    found: list[int] = find_policy(name).planner(state, costs).action.tolist()
+    return found
 
 
 @pytest.mark.parametrize(
