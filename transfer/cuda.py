@@ -84,6 +84,7 @@ class CudaAccelerator(Accelerator):
     """
 
     simulated = False
+    compute: CudaStream
 
     def __init__(self, index: int = 0, budget: int | None = None) -> None:
         self.index, self._device = index, torch.device("cuda", index)

@@ -17,16 +17,16 @@ import torch
 class DeviceTensor(torch.Tensor):
     """Memory of the device: a copy from or to it goes on the current stream."""
 
-    cuda: "FakeCuda"
+    card: "FakeCuda"
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not torch.Tensor.copy_:
-            return super().__torch_function__(func, types, args, kwargs or {})
+            return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
         assert kwargs == {"non_blocking": True}, "a copy that makes the host wait"
         target, source = args
-        cls.cuda.log.append("copy")
-        cls.cuda.put(lambda: _plain(target).copy_(_plain(source)))
+        cls.card.log.append("copy")
+        cls.card.put(lambda: _plain(target).copy_(_plain(source)))
         return target
 
 
@@ -189,7 +189,7 @@ class FakeLocker:
 
     def view(self, address: int, nbytes: int) -> torch.Tensor:
         self.cuda.check()
-        data = (ctypes.c_uint8 * nbytes).from_address(address)
+        data = memoryview((ctypes.c_uint8 * nbytes).from_address(address))
         return torch.from_numpy(np.frombuffer(data, np.uint8)).as_subclass(DeviceTensor)
 
 

@@ -35,7 +35,7 @@ def noise(nbytes: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
 
 def delay(device: CudaAccelerator, stream: CudaStream, cycles: int = 100_000_000) -> None:
     """Keep a stream busy for tens of milliseconds."""
-    device.launch(stream, lambda: torch.cuda._sleep(cycles), [], [], NOTHING, "delay")
+    device.launch(stream, lambda: torch.cuda._sleep(cycles), [], [], NOTHING, "delay")  # type: ignore[no-untyped-call]
 
 
 def test_there_and_back(device: CudaAccelerator) -> None:

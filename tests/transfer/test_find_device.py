@@ -1,6 +1,7 @@
 """Words to devices, on facts about machines that need not exist."""
 
 import sys
+from importlib import metadata
 from typing import Any
 
 import pytest
@@ -274,7 +275,7 @@ def test_cupy_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
             raise OSError("damaged record")
         return installed[name]  # KeyError where there is none
 
-    monkeypatch.setattr(cupy_check.metadata, "version", version)
+    monkeypatch.setattr(metadata, "version", version)
     monkeypatch.setitem(sys.modules, "cupy", None)  # importing it fails
     facts = detect_cupy((6, 1))
     assert facts.wheels == (("cupy-cuda12x", "14.2.0"),) and facts.compilers == (12, 13) and facts.capability == (6, 1)

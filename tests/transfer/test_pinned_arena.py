@@ -11,7 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_offload.transfer import page_locker
 from moe_offload.transfer.accelerator import DeviceError
 from moe_offload.transfer.page_locker import CudaPageLocker
 from moe_offload.transfer.pinned_arena import PinnedArena
@@ -45,7 +44,7 @@ class FakeLocker:
     def view(self, address: int, nbytes: int) -> torch.Tensor:
         self.views += 1
         assert nbytes <= self.locked[address]  # no view reaches beyond what was locked
-        data = (ctypes.c_uint8 * nbytes).from_address(address)
+        data = memoryview((ctypes.c_uint8 * nbytes).from_address(address))
         return torch.from_numpy(np.frombuffer(data, np.uint8))
 
 
@@ -218,7 +217,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
         assert name == "libcuda.so.1"
         return driver
 
-    monkeypatch.setattr(page_locker.ctypes, "CDLL", load)
+    monkeypatch.setattr(ctypes, "CDLL", load)
     return driver
 
 
@@ -237,7 +236,7 @@ def test_the_driver_is_called_in_the_context_that_torch_uses(
     assert driver.calls[1][1] == (0x1000, 4096, 3)  # portable and mapped
 
     seen: list[Any] = []
-    monkeypatch.setattr(page_locker.torch, "as_tensor", lambda data, device: seen.append((data, device)))
+    monkeypatch.setattr(torch, "as_tensor", lambda data, device: seen.append((data, device)))
     locker.view(0x1000, 64)
     data, device = seen[0]
     assert device == torch.device("cuda", 1)
