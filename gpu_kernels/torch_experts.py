@@ -13,6 +13,7 @@ from torch.nn import functional
 from moe_offload.gpu_kernels import unpack
 
 GATED_ONLY = ("swiglu_oai", "silu_clamp", "silu_cap", "silu_softcap")
+AT_ONCE = 1 << 24  # numbers, 32 MiB in 16 bits: even the fastest device reads them for longer than a launch takes
 SINGLE = ("silu", "gelu", "gelu_tanh", "gelu_quick", "relu", "relu2")
 
 
@@ -47,7 +48,11 @@ class DeviceActivation:
 
 
 class TorchExperts:
-    """Computes experts whose records have one layout. Products in `compute`, all else in f32."""
+    """Computes experts whose records have one layout. Products in `compute`, all else in f32.
+
+    Matrices that must be converted first are so in runs of rows, of `AT_ONCE` numbers at most: the memory that takes
+    does not depend on the model.
+    """
 
     def __init__(self, record: DeviceRecord, activation: DeviceActivation, compute: torch.dtype) -> None:
         if activation.kind in GATED_ONLY and not record.gated:
@@ -72,17 +77,42 @@ class TorchExperts:
         """out[tokens] += weights * expert(x[tokens]): out f32 [T, H], x [T, H], tokens int64 [n], weights f32 [n]."""
         out.index_add_(0, tokens, self.run(slot, x.index_select(0, tokens), weights))
 
+    def scratch_bytes(self, rows: int) -> int:
+        """Device memory that `add_rows` asks for and gives back, for so many rows of one expert; an upper bound."""
+        record = self.record
+        hidden, inner = record.hidden_size, record.intermediate_size
+        converted = max(
+            unpack.scratch_bytes(record.dtype, min(rows, self._at_once(cols)), cols, record.group, self.compute)
+            for rows, cols in ((hidden, inner), (inner, hidden))
+        )
+        # of [n, H]: the rows as given and in `compute`, and y twice; of [n, I]: what the worst activation has at once
+        return converted + rows * 4 * (4 * hidden + 6 * inner)
+
+    def _at_once(self, cols: int) -> int:
+        """Rows of `cols` numbers that are converted at once, a multiple of 32."""
+        return max(1, AT_ONCE // (cols * unpack.WIDTH)) * unpack.WIDTH
+
     def _product(self, x: torch.Tensor, slot: torch.Tensor, part: int) -> torch.Tensor:
         """x @ matrix.T + bias in f32; part 0 is gate, 1 up, 2 down."""
-        record = self.record
+        record, compute = self.record, self.compute
         rows, cols = record.intermediate_size, record.hidden_size
         if part == 2:
             rows, cols = cols, rows
-        at, bias_at = record.offsets[part], record.offsets[3 + part]
-        matrix = unpack.matrix(slot[at:], record.dtype, rows, cols, record.group, self.compute)
-        y = functional.linear(x, matrix).to(torch.float32)
+        data, step = slot[record.offsets[part] :], self._at_once(cols)
+        if rows <= step or unpack.lies_as(record.dtype, compute):
+            matrix = unpack.matrix(data, record.dtype, rows, cols, record.group, compute)
+            y = functional.linear(x, matrix).to(torch.float32)
+        else:
+            y = torch.empty((len(x), rows), dtype=torch.float32, device=x.device)
+            for first in range(0, rows, step):
+                at = unpack.matrix_bytes(record.dtype, first, cols, record.group)
+                some = min(step, rows - first)
+                matrix = unpack.matrix(data[at:], record.dtype, some, cols, record.group, compute)
+                y[:, first : first + some] = functional.linear(x, matrix)
+                del matrix  # before the next is made
         if record.bias:
-            y = y + slot[bias_at : bias_at + 4 * rows].view(torch.float32)
+            at = record.offsets[3 + part]
+            y += slot[at : at + 4 * rows].view(torch.float32)
         return y
 
 

@@ -53,6 +53,28 @@ class PackedShape:
         return self.blocks * self.records * self.record_bytes
 
 
+def matrix_bytes(dtype: str, rows: int, cols: int, group: int) -> int:
+    """Bytes of a matrix [rows, cols]; also where row `rows` of a longer one begins, if that is a multiple of 32."""
+    if dtype in ELEMENT_TYPES:
+        return rows * cols * ELEMENT_TYPES[dtype].itemsize
+    return PackedShape(rows, cols, dtype, group).nbytes
+
+
+def lies_as(dtype: str, compute: torch.dtype) -> bool:
+    """Whether matrices lie in memory as they are computed with."""
+    return ELEMENT_TYPES.get(dtype) == compute
+
+
+def scratch_bytes(dtype: str, rows: int, cols: int, group: int, compute: torch.dtype) -> int:
+    """Memory that `matrix` asks for, its result included, at most."""
+    if lies_as(dtype, compute):
+        return 0
+    if dtype in ELEMENT_TYPES:
+        return rows * cols * compute.itemsize
+    shape = PackedShape(rows, cols, dtype, group)
+    return int(shape.blocks * WIDTH * shape.groups * group * (compute.itemsize + _SPARE[dtype]))
+
+
 def matrix(data: torch.Tensor, dtype: str, rows: int, cols: int, group: int, compute: torch.dtype) -> torch.Tensor:
     """The matrix [rows, cols] that begins at data[0], in the type `compute`. data: uint8, contiguous, aligned to 64."""
     if dtype in ELEMENT_TYPES:
@@ -64,41 +86,52 @@ def matrix(data: torch.Tensor, dtype: str, rows: int, cols: int, group: int, com
 
 
 def _multiplied_out(data: torch.Tensor, shape: PackedShape, compute: torch.dtype) -> torch.Tensor:
-    records = data[: shape.nbytes].view(shape.blocks, shape.records, shape.record_bytes)
     parts = shape.blocks, shape.records, shape.groups_per_record, shape.group // 4
+    records = data[: shape.nbytes].view(shape.blocks, shape.records, shape.record_bytes)
     # codes as they lie: [blocks, records, groups of one, G/4, outputs side by side, 4]
     stored = records[:, :, : shape.scales_at].view(*parts, -1, 4)
     scales = _scales(records[:, :, shape.scales_at :], shape)
     out = torch.empty((shape.blocks * WIDTH, shape.groups * shape.group), dtype=compute, device=data.device)
     # ... and as a matrix wants them: [blocks, outputs, records, groups of one, G/4, 4]
     whole = out.view(shape.blocks, WIDTH, *parts[1:], 4)
-    halves = _int8(stored) if shape.dtype == "int8" else _nibbles(stored, shape.dtype)
-    first = 0
-    for codes in halves:
-        width = codes.shape[4]
-        part = slice(first, first + width)
-        torch.mul(codes.permute(0, 4, 1, 2, 3, 5), scales[:, part], out=whole[:, part])
-        first += width
+    width = stored.shape[4]
+    for first in range(0, WIDTH, width):
+        outputs = slice(first, first + width)
+        codes = _NUMBERS[shape.dtype](stored, first > 0).permute(0, 4, 1, 2, 3, 5)
+        torch.mul(codes, scales[:, outputs], out=whole[:, outputs])
+        del codes  # before the next are made
     return out[: shape.rows, : shape.cols]
 
 
-def _int8(stored: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Codes q from q + 128."""
-    return ((stored ^ 128).view(torch.int8),)
+def _int8(stored: torch.Tensor, upper: bool) -> torch.Tensor:
+    """q from q + 128."""
+    return (stored ^ 128).view(torch.int8)
 
 
-def _nibbles(stored: torch.Tensor, dtype: str) -> tuple[torch.Tensor, ...]:
-    """Codes of outputs 0 to 15, which lie in the low nibbles, and of 16 to 31."""
-    if dtype == "int4":
-        signed = (stored ^ 0x88).view(torch.int8)  # two's complement in each nibble; >> carries the sign
-        return (signed << 4) >> 4, signed >> 4
-    return _fp4(stored & 15), _fp4(stored >> 4)
+def _int4(stored: torch.Tensor, upper: bool) -> torch.Tensor:
+    """q from q + 8 in the lower or upper nibbles."""
+    numbers = (stored ^ 0x88).view(torch.int8)  # two's complement in each nibble; >> carries the sign
+    if not upper:
+        numbers <<= 4
+    numbers >>= 4
+    return numbers
 
 
-def _fp4(codes: torch.Tensor) -> torch.Tensor:
-    """Numbers that E2M1 codes stand for. Their bits, put on top of f16's, are the same numbers times 2^-14."""
-    bits = (codes & 8).to(torch.int16) << 12 | (codes & 7).to(torch.int16) << 9
-    return bits.view(torch.float16) * 2.0**14
+def _fp4(stored: torch.Tensor, upper: bool) -> torch.Tensor:
+    """Numbers from E2M1 codes: their bits, put on top of f16's, are the same numbers times 2^-14."""
+    numbers = (stored & (0x70 if upper else 0x07)).to(torch.int16)
+    numbers <<= 5 if upper else 9
+    sign = (stored & (0x80 if upper else 0x08)).to(torch.int16)
+    sign <<= 8 if upper else 12
+    numbers |= sign
+    halves = numbers.view(torch.float16)
+    halves *= 2.0**14
+    return halves
+
+
+_NUMBERS = {"int8": _int8, "int4": _int4, "mxfp4": _fp4}
+# Bytes for a number beside the result, at most: codes, and scales on their way to f32.
+_SPARE = {"int8": 1.25, "int4": 0.75, "mxfp4": 2.75}
 
 
 def _scales(stored: torch.Tensor, shape: PackedShape) -> torch.Tensor:

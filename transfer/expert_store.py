@@ -159,7 +159,7 @@ class ExpertStore:
             for key in wanted:
                 if key in self._tier.records:
                     self._tier.predict(self._tier.records[key])
-            queued: list[HostRecord] = []
+            queued = 0
             for key in wanted:
                 if key in self._tier.records:
                     continue
@@ -167,13 +167,14 @@ class ExpertStore:
                 if record is None:
                     break
                 self._tier.predict(record)
-                queued.append(record)
-            for key in reversed(wanted):  # the likeliest is to stay longest
-                if key in self._tier.records:
-                    self._tier.records.move_to_end(key)
-            self._queue.extend(queued)
-            self._wake_readers(len(queued))
-        return len(queued)
+                queued += 1
+            named = [self._tier.records[key] for key in wanted if key in self._tier.records]
+            for record in reversed(named):  # the likeliest is to stay longest
+                self._tier.records.move_to_end(record.key)
+            waiting = [record for record in named if record.state is State.QUEUED]
+            self._queue = deque(dict.fromkeys([*self._queue, *waiting]))
+            self._wake_readers(len(waiting))
+        return queued
 
     @property
     def counters(self) -> StoreCounters:
@@ -185,9 +186,7 @@ class ExpertStore:
         """AssertionError when the bookkeeping contradicts itself."""
         with self._lock:
             self._tier.check_integrity()
-            queued = {id(record) for record in self._queue}
-            for record in self._tier.records.values():
-                assert record.state is not State.QUEUED or record.claims or id(record) in queued, f"forgotten: {record}"
+            assert 0 <= self._idle_readers <= self._readers <= self._most_readers
 
     def close(self) -> None:
         """Stop and join the threads, wait for copies, give the memory back. Harmless when done twice."""

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import weakref
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Protocol
@@ -51,6 +52,7 @@ class PackSource:
             raise ValueError(f"layers must have one number of experts, got {sorted(counts)}")
         (self.num_experts,) = counts
         self._descriptor = os.open(pack.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        self._closer = weakref.finalize(self, os.close, self._descriptor)
         try:
             header = pack.plan.header(pack.checksums)  # names every record by its checksum
             if os.pread(self._descriptor, len(header), 0) != header:
@@ -86,7 +88,5 @@ class PackSource:
         return self._plan.position(section, expert)
 
     def close(self) -> None:
-        """Close the descriptor. Harmless when done twice."""
-        descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
-            os.close(descriptor)
+        """Close the descriptor, which nobody reads from any more. Harmless when done twice."""
+        self._closer()

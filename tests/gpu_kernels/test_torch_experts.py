@@ -1,7 +1,7 @@
 """Experts by torch against float64, against the CPU kernels, and the bits of unpacked matrices."""
 
 from math import inf
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import pytest
@@ -9,6 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_offload.cpu_kernels import Activation, ExpertKernel, ExpertLayout, ThreadTeam, group_tokens
 from moe_offload.cpu_kernels.layout import GATED_ONLY, ActivationKind, WeightType
@@ -17,6 +19,9 @@ from moe_offload.cpu_kernels.packed_layout import ExpertRecord, PackedMatrix, Pa
 from moe_offload.cpu_kernels.packing import unpack_matrix
 from moe_offload.gpu_kernels import unpack
 from moe_offload.gpu_kernels.torch_experts import DeviceActivation, DeviceRecord, TorchExperts
+from moe_offload.transfer.accelerator import Work, as_tensor
+from moe_offload.transfer.server_profile import find_profile
+from moe_offload.transfer.virtual import VirtualAccelerator
 from tests.cpu_kernels.expert_cases import Floats, activate, decode, encode
 from tests.cpu_kernels.packed_cases import PackedExperts, make_packed
 
@@ -268,6 +273,110 @@ def test_stored_matrices_are_seen_in_place() -> None:
     for name, dtype in unpack.ELEMENT_TYPES.items():
         seen = unpack.matrix(content[64:], name, 3, 4, 32, dtype)
         assert seen.data_ptr() == content.data_ptr() + 64 and seen.shape == (3, 4)
+
+
+class Peak(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """How many bytes the tensors that operations make have at once, at most."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak = 0
+        self._live: dict[int, tuple[Any, int]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = {_storage(value).cdata for value in args if isinstance(value, torch.Tensor)}
+        result = func(*args, **(kwargs or {}))
+        self._live = {key: entry for key, entry in self._live.items() if not entry[0].expired()}
+        if isinstance(result, torch.Tensor):
+            storage = _storage(result)
+            if storage.cdata not in given and "out" not in (kwargs or {}):
+                self._live[storage.cdata] = storage, result.untyped_storage().nbytes()
+        self.peak = max(self.peak, sum(nbytes for _, nbytes in self._live.values()))
+        return result
+
+
+def _storage(tensor: torch.Tensor) -> Any:
+    return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize(("dtype", "group"), FORMATS)
+@pytest.mark.parametrize("compute", list(STEP))
+@pytest.mark.parametrize(("rows", "at_once"), [(1, 1), (1, 1 << 24), (200, 1)])
+def test_scratch_memory_is_bounded(
+    dtype: StoredType, group: int, compute: torch.dtype, rows: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moe_offload.gpu_kernels.torch_experts.AT_ONCE", at_once)
+    kind: ActivationKind = "swiglu_oai" if rows == 200 else KINDS[FORMATS.index((dtype, group)) % len(KINDS)]
+    record = sized(dtype, group, True, True, 128, 256)
+    experts = by_torch(record, activation_of(kind), compute)
+    slot = torch.zeros(record.nbytes, dtype=torch.uint8)
+    x, out = torch.zeros((rows, 128), dtype=compute), torch.zeros((rows, 128))
+    tokens, weights = torch.arange(rows), torch.ones(rows)
+    with Peak() as peak:
+        experts.add_rows(out, x, tokens, weights, slot)
+    assert 0.4 * experts.scratch_bytes(rows) < peak.peak <= experts.scratch_bytes(rows)
+
+
+@pytest.mark.parametrize(("dtype", "group"), FORMATS)
+def test_matrices_in_runs_give_the_same(dtype: StoredType, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    experts = make(sized(dtype, group, True, True, 101, 70), Activation("silu"))
+    compute = torch.float16 if dtype == "f32" else torch.float32  # so that all are converted
+    torch_experts, slot = by_torch(experts.record, experts.activation, compute), slot_of(experts.records[0])
+    x = torch.from_numpy(draw(4, experts.record.hidden_size))
+    whole = torch_experts.run(slot, x, torch.ones(4))
+    monkeypatch.setattr("moe_offload.gpu_kernels.torch_experts.AT_ONCE", 1)
+    torch.testing.assert_close(torch_experts.run(slot, x, torch.ones(4)), whole, rtol=1e-3, atol=4 * STEP[compute])
+
+
+def test_a_launch_on_the_virtual_accelerator() -> None:
+    """From the host's arena into a slot, and the expert from there."""
+    experts = make(sized("int4", 32, True, False), Activation("silu"))
+    record, torch_experts = experts.record, by_torch(experts.record, experts.activation)
+    x = torch.from_numpy(draw(3, record.hidden_size))
+    with VirtualAccelerator(find_profile("gtx1080ti"), 1 << 20) as device:
+        slot, out = device.allocate(record.nbytes, "slot"), device.allocate(x.numel() * 4, "out")
+        host = device.host_arena(record.nbytes).take(record.nbytes, "record")
+        host.host(write=True)[:] = experts.records[0]
+        copies = device.stream("copies")
+        device.copy_in(slot, host, copies)
+        device.compute.wait(copies.record())
+        found = torch.zeros(x.shape)
+
+        def add(data: torch.Tensor, result: torch.Tensor) -> None:
+            y = as_tensor(result, torch.float32, *x.shape)
+            y.zero_()
+            torch_experts.add_rows(y, x, torch.tensor([2, 0]), torch.tensor([1.0, 0.5]), data)
+            found.copy_(y)
+
+        device.launch(device.compute, add, [slot], [out], Work(record.nbytes))
+    y = torch_experts.run(slot_of(experts.records[0]), x, torch.tensor([0.5, 0, 1]))
+    torch.testing.assert_close(found, y, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compute", list(STEP))
+@pytest.mark.parametrize(("dtype", "group"), FORMATS)
+def test_cuda_agrees_with_float64(dtype: StoredType, group: int, compute: torch.dtype) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA here")
+    experts = make(sized(dtype, group, True, True, 256, 512), Activation("silu"))
+    torch_experts = by_torch(experts.record, experts.activation, compute)
+    slot = slot_of(experts.records[0]).cuda()
+    x = torch.from_numpy(draw(33, 256)).to(compute)
+    expected = reference(experts, 0, x.to(torch.float32).numpy(), compute)
+    out, tokens, weights = torch.zeros(x.shape).cuda(), torch.arange(33).cuda(), torch.ones(33).cuda()
+    on_device = x.cuda()
+    torch_experts.add_rows(out, on_device, tokens, weights, slot)  # cuBLAS takes its workspace
+    out.zero_()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    torch_experts.add_rows(out, on_device, tokens, weights, slot)
+    taken = torch.cuda.max_memory_allocated() - before
+    assert (np.abs(out.cpu().numpy() - expected.y) <= expected.room).all()
+    assert taken <= torch_experts.scratch_bytes(33) + 40 * 512  # the allocator rounds up to 512
 
 
 def test_what_cannot_be_computed_is_said() -> None:

@@ -1,5 +1,6 @@
 """The expert store against a naive model, with many threads, slow and failing sources, and Ctrl-C in the middle."""
 
+import signal
 import threading
 import time
 from collections import Counter
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from numpy.typing import NDArray
@@ -482,6 +483,77 @@ def test_arenas_are_a_gibibyte_at_most_and_within_the_budget(monkeypatch: pytest
     with pytest.raises(MemoryError, match="refuses"):
         ExpertStore(Source(), arena, range(2))
     assert [each.closed for each in made] == [True]
+
+
+def test_ctrl_c_anywhere() -> None:
+    """A timer raises KeyboardInterrupt between any two lines of the store, hundreds of times."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    source = Source(lambda key: time.sleep(1e-4))
+    rng = np.random.default_rng(0)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    interrupted = 0
+    try:
+        with ExpertStore(source, PlainArena, range(2), 3 * PAGE) as store:
+            for delay, layer, expert in zip(rng.uniform(1e-5, 1e-3, 400), *rng.integers(0, 2, (2, 400)), strict=True):
+                key = int(layer), int(expert)
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, delay)
+                    store.read_ahead([(key[0], 2), (1 - key[0], 3)])
+                    buffer = store.get(*key)
+                    store.get(key[0], 2)
+                    store.get(*key)
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+                except KeyboardInterrupt:
+                    interrupted += 1
+                store.check_integrity()
+                buffer = store.get(*key)
+                assert is_right(buffer, *key) and not store.counters.failed
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert interrupted > 20
+
+
+@given(
+    st.integers(1, 8),
+    st.lists(st.tuples(st.sampled_from(["get", "hold", "release"]), st.integers(0, 1), st.integers(0, 3)), max_size=60),
+)
+@settings(deadline=None, max_examples=100)
+def test_contents_are_those_of_a_list(capacity: int, steps: list[tuple[str, int, int]]) -> None:
+    """Least recently used goes first, held ones aside: the list has the last one used behind."""
+    source = Source()
+    here: list[Key] = []
+    holds: Counter[Key] = Counter()
+    loads = 0
+    with ExpertStore(source, PlainArena, range(2), capacity * PAGE) as store:
+        for what, layer, expert in steps:
+            key = layer, expert
+            if what == "release":
+                if holds[key]:
+                    store.release(*key)
+                    holds[key] -= 1
+                continue
+            call = store.get if what == "get" else store.hold
+            if key in here:
+                here.remove(key)
+            else:
+                if len(here) == capacity:
+                    victims = [each for each in here if not holds[each]]
+                    if not victims:
+                        with pytest.raises(HostMemoryFullError):
+                            call(*key)
+                        continue
+                    here.remove(victims[0])
+                loads += 1
+            here.append(key)
+            holds[key] += what == "hold"
+            assert is_right(call(*key), *key)
+            assert {(at, e) for at in range(2) for e in np.flatnonzero(store.is_here(at)).tolist()} == set(here)
+            store.check_integrity()
+        assert store.counters.loads == loads == source.reads.total()
 
 
 class StoreMachine(RuleBasedStateMachine):
