@@ -10,8 +10,18 @@ import numpy as np
 
 from moe_offload.cpu_kernels.jit import native
 from moe_offload.scheduling.arrangement import (
-    ARGUMENTS, Choice, Counts, Layer, Places, Times, arguments, finish, read_layer, sort_by, write_plan,
-)  # fmt: skip
+    ARGUMENTS,
+    Choice,
+    Counts,
+    Layer,
+    Places,
+    Times,
+    arguments,
+    finish,
+    read_layer,
+    sort_by,
+    write_plan,
+)
 from moe_offload.scheduling.compiling import planning
 from moe_offload.scheduling.exact import branch_and_bound
 from moe_offload.scheduling.layer_plan import LayerCosts, LayerPlan, LayerState

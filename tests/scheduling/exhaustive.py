@@ -116,6 +116,6 @@ def random_layer(
         value=value,
         link_busy=float(rng.choice([0.0, rng.uniform(0, copy)])),
         gpu_busy=float(rng.choice([0.0, rng.uniform(0, copy)])),
-        room=int(rng.choice([1 << 30, rng.integers(0, active + 1)])),
+        room=int(rng.choice(np.array([1 << 30, rng.integers(0, active + 1)]))),
     )
     return state, costs

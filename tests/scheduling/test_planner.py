@@ -176,15 +176,22 @@ def test_a_plan_depends_on_its_arguments_alone() -> None:
     rng = np.random.default_rng(3)
     for active in (8, 40):
         state, costs = random_layer(rng, REGIMES["batch 16, PCIe 3"], active, values=True)
-        before = [state.rows.copy(), state.where.copy(), state.ready.copy(), state.value.copy(), costs.cpu.copy()]
+        given = state.rows, state.where, state.ready, state.value, costs.cpu, costs.gpu
+        before = [array.tobytes() for array in given]
         first = plan_makespan(state, costs)
         plan_makespan(*random_layer(rng, REGIMES["prefill"], active))
         second = plan_makespan(state, costs)
         assert first.seconds == second.seconds
         for one, other in ((first.action, second.action), (first.gpu_order, second.gpu_order)):
             assert one.tolist() == other.tolist()
-        after = [state.rows, state.where, state.ready, state.value, costs.cpu]
-        assert all(np.array_equal(one, other) for one, other in zip(before, after, strict=True))
+        assert [array.tobytes() for array in given] == before
+
+
+def test_tables_may_be_read_only_and_seconds_whole() -> None:
+    state = replace(layer([3, 1, 4], [HOST, SLOT, HOST]), link_busy=0, gpu_busy=0)
+    costs = replace(COSTS, cpu=COSTS.cpu.copy(), gpu=COSTS.gpu.copy(), copy=5)
+    costs.cpu.flags.writeable = costs.gpu.flags.writeable = False
+    check(state, costs, plan_makespan(state, costs))
 
 
 def test_numbers_that_are_not_numbers_end_nowhere_else() -> None:
