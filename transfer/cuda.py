@@ -104,7 +104,7 @@ class CudaAccelerator(Accelerator):
         self.runtime = CudaRuntime(index, self.health)
         self.compute = CudaStream(self.runtime, "compute", None)
         self._memory: dict[_Memory, int] = {}
-        self._arenas: list[PinnedArena] = []
+        self._arenas: set[PinnedArena] = set()
         self._locker: PageLocker | None = None
         self._timeline: list[tuple[str, str, CudaEvent, CudaEvent]] | None = None
         self._host_spans: list[Span] = []
@@ -165,7 +165,7 @@ class CudaAccelerator(Accelerator):
             if self._locker is None:
                 self._locker = CudaPageLocker(self.index)
         arena = PinnedArena(nbytes, self._locker)  # its MemoryError is about the host
-        self._arenas = [known for known in self._arenas if not known.closed] + [arena]
+        self._arenas = {known for known in self._arenas if not known.closed} | {arena}
         return arena
 
     # work
@@ -275,7 +275,7 @@ class CudaAccelerator(Accelerator):
             arena.close()
         for memory in list(self._memory):
             self._release(memory)
-        self._arenas, self._timeline, self.runtime.waits = [], None, None
+        self._arenas, self._timeline, self.runtime.waits = set(), None, None
         if self.health.gone is None:
             torch.cuda.empty_cache()
             self.health.gone = f"{self.health.device} is closed"
