@@ -16,16 +16,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
+from moe_offload import device_attention
 from moe_offload.cpu_kernels.layout import Activation
 from moe_offload.cpu_kernels.packed_layout import ExpertRecord
 from moe_offload.cpu_kernels.team import Team
 from moe_offload.cpu_layer import CpuLayer, PackedLayer
 from moe_offload.device_costs import measure_costs
+from moe_offload.device_kv import AttentionWork, SlotBook
 from moe_offload.dispatcher import Dispatcher, Parts
 from moe_offload.gpu_kernels.torch_experts import DeviceActivation, DeviceRecord, TorchExperts
+from moe_offload.kv_placement import KvPlacement
 from moe_offload.layer_tensors import LayerParts, LayerTensors
 from moe_offload.memory import format_bytes
 from moe_offload.models.errors import NotEnoughMemoryError
@@ -37,7 +39,7 @@ from moe_offload.scheduling.policies import find_policy
 from moe_offload.stored_records import StoredSource, stored_record
 from moe_offload.transfer.accelerator import Accelerator, OutOfDeviceMemoryError, Work
 from moe_offload.transfer.copy_queue import CopyQueue
-from moe_offload.transfer.device_slots import DeviceSlots
+from moe_offload.transfer.device_slots import SLAB_BYTES, DeviceSlots
 from moe_offload.transfer.eviction import EVICTIONS
 from moe_offload.transfer.expert_cache import ExpertCache
 from moe_offload.transfer.expert_pack import ExpertPack
@@ -47,9 +49,10 @@ from moe_offload.transfer.record_source import PackSource, RecordSource
 logger = logging.getLogger(__name__)
 
 SPARE_SHARE = 16  # of the room for slots, one part is left for activations and the KV cache
+SLABS = 32  # at least, so that memory can be given up in small parts
 LEAST_SLOTS = 2  # one is read while the other is filled
 STREAM_SLOTS = 8  # of a static placement, that fetched experts take turns in
-GIVE_UP = 8  # of the slots, one part is given up when the device runs out of memory
+GIVE_UP = 4  # of the slots, one part is given up when the device runs out of memory
 TRIES = 4
 
 
@@ -101,7 +104,8 @@ class DeviceSide:
         threads: int,
         progress: Progress | None = None,
     ) -> None:
-        self.accelerator, self.options = accelerator, options
+        self.accelerator, self.options, self._dtype = accelerator, options, dtype
+        self.placement: KvPlacement | None = None
         self.policy = find_policy(options.policy)
         self._lock = threading.RLock()
         self._layers = layers
@@ -124,15 +128,15 @@ class DeviceSide:
         ]  # fmt: skip
         try:
             accelerator.reserve(self._dense_bytes, "non-expert weights")
+            self._tensors = LayerTensors(accelerator, lambda slot: self.slots.buffer(slot), hidden, top_k)
             self.costs = measure_costs(accelerator, self._parts, kinds, self.store, threads, progress)
-            self.slots = self._make_slots(max(record_bytes), len(layers) * layers[0].cpu.num_experts, hidden)
+            self.slots = self._make_slots(max(record_bytes), len(layers) * layers[0].cpu.num_experts)
         except OutOfDeviceMemoryError as error:
             least = self._dense_bytes + LEAST_SLOTS * max(record_bytes) + LayerTensors.device_bytes(1, hidden)
             raise NotEnoughMemoryError(
                 f"the device memory given is {format_bytes(accelerator.budget)}, but the non-expert weights and "
                 f"{LEAST_SLOTS} experts need {format_bytes(least)}: raise gpu_memory (--gpu-memory), or take --device cpu"
             ) from error
-        self._tensors = LayerTensors(accelerator, self.slots, hidden, top_k)
         self.queue: CopyQueue[tuple[int, int]] = CopyQueue(accelerator)
         experts = [layer.cpu.num_experts for layer in layers]
         cache = ExpertCache(
@@ -151,11 +155,12 @@ class DeviceSide:
         """Which experts are on the device."""
         return self.dispatcher.parts.cache
 
-    def _make_slots(self, record_bytes: int, experts: int, hidden: int) -> DeviceSlots:
+    def _make_slots(self, record_bytes: int, experts: int) -> DeviceSlots:
         room = self.accelerator.budget - self.accelerator.used
-        spare = max(LayerTensors.device_bytes(1, hidden), room // SPARE_SHARE)
+        spare = room // SPARE_SHARE
         wanted = min(experts, (room - spare) // (-(-record_bytes // 256) * 256))
-        return DeviceSlots(self.accelerator, record_bytes, max(wanted, 0), least=LEAST_SLOTS)
+        slab = min(SLAB_BYTES, room // SLABS)
+        return DeviceSlots(self.accelerator, record_bytes, max(wanted, 0), least=LEAST_SLOTS, slab_bytes=slab)
 
     @staticmethod
     def _source(skeleton: Skeleton, pack: ExpertPack | None) -> RecordSource:
@@ -230,10 +235,27 @@ class DeviceSide:
             return len(self.slots) == slots
 
     def attach(self, model: nn.Module, team: Team) -> None:
-        """Put the model's other modules on the device."""
+        """Take the model's attention under control."""
+        layers = device_attention.attention_layers(model)
+        itemsize = self._dtype.itemsize
+        self.attention = AttentionWork(self.accelerator, layers, itemsize)
+        device_attention.attach(model, self.attention, team)
+        self.placement = KvPlacement(self.accelerator, layers, self.attention, SlotBook(self, LEAST_SLOTS), itemsize)
+        obstacles = sorted({layer.obstacle for layer in layers if layer.obstacle})
+        if obstacles:
+            logger.info("the KV cache of some layers stays on the device: %s", "; ".join(obstacles))
 
     def detach(self, model: nn.Module) -> None:
-        """Inverse of `attach`."""
+        """Inverse of `attach`; harmless without one."""
+        if self.placement is not None:
+            self.placement.close()
+            self.placement = None
+        device_attention.detach(model)
+
+    def before_forward(self, model: nn.Module, kwargs: dict[str, Any]) -> None:
+        """Place the KV cache that a forward is about to use. Raises OutOfDeviceMemoryError."""
+        if self.placement is not None:
+            self.placement.hook(model, (), kwargs)
 
     def end_step(self) -> None:
         """The model's forward pass is through."""

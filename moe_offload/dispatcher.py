@@ -29,6 +29,7 @@ from moe_offload.scheduling.forecast import Forecast
 from moe_offload.scheduling.guard import Guard
 from moe_offload.scheduling.layer_plan import COMING, CPU, FETCH, HOST, SLOT, LayerPlan, LayerState
 from moe_offload.scheduling.policies import Policy, plan_static
+from moe_offload.scheduling.prefetch import savings
 from moe_offload.transfer.accelerator import Accelerator, Buffer, Event
 from moe_offload.transfer.copy_queue import CopyQueue, Transfer
 from moe_offload.transfer.device_slots import DeviceSlots
@@ -104,6 +105,7 @@ class Dispatcher:
         self.dynamic = True  # what the guard says of this step
         self._step_started = 0.0
         self._tokens = 0  # of the step; 0: none is open
+        self._last_tokens = 1
         self._layer = -1
         self._slot_of_key: dict[tuple[int, int], int] = {}  # of copies on their way
         self._pending: deque[_Pending] = deque()
@@ -114,7 +116,7 @@ class Dispatcher:
         """A forward pass begins."""
         self.end_step()
         self.step += 1
-        self._tokens = tokens
+        self._tokens = self._last_tokens = tokens
         self._step_started = self.parts.accelerator.now()
         was = self.dynamic
         self.dynamic = self.guard is None or self.guard.mode(tokens) == "dynamic"
@@ -167,6 +169,18 @@ class Dispatcher:
             self.parts.slots.shrink(slots)
         else:
             self.parts.cache.grow(self.parts.slots.grow(slots))
+
+    def slot_worth(self) -> NDArray[np.float64]:
+        """What the first, the second, ... slot is expected to save in a step: of all experts, the most first."""
+        parts, tokens = self.parts, max(self._last_tokens, 1)
+        saved = [
+            savings(
+                parts.forecast.presence(layer, tokens), parts.forecast.expected_rows(layer, tokens),
+                parts.costs.layer_costs(kind),
+            )
+            for layer, kind in enumerate(parts.kinds)
+        ]  # fmt: skip
+        return np.sort(np.concatenate(saved))[::-1]
 
     def _drain(self) -> None:
         """Wait for all copies that are submitted."""

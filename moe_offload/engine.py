@@ -33,6 +33,7 @@ from moe_offload.cpu_setup import make_layers, make_packed_layers, make_team
 from moe_offload.decode_layer import DecodeLayer
 from moe_offload.dense import pack_dense
 from moe_offload.device_side import DeviceSide, device_layers
+from moe_offload.guarded_forward import GuardedForward
 from moe_offload.memory import require_memory
 from moe_offload.models.experts_function import attach_handle, detach_handle
 from moe_offload.models.skeleton import Skeleton
@@ -93,8 +94,10 @@ class Engine:
             self._dense = pack_dense(model, skeleton, wanted, options, self.multiply, progress)
         fused = options.fused_decode and self._device is None
         self._fused = decode_model.attach(self, model, self._layers) if fused else []
+        self.lost_devices = 0
         if self._device is not None:
             self._device.attach(model, self._team)
+            model.__dict__["forward"] = GuardedForward(model, self)
 
     def _make_device(self, accelerator: Accelerator | None, progress: Progress | None) -> DeviceSide | None:
         if accelerator is None:
@@ -191,10 +194,9 @@ class Engine:
     def _run(self, call: LayerCall) -> torch.Tensor:
         started = time.perf_counter()
         layer = call.layer
-        if self._device is not None:
-            out, experts = self._device.run(
-                call.index, call.module, call.hidden_states, call.top_k_index, call.top_k_weights
-            )
+        side = self._device
+        if side is not None:
+            out, experts = side.run(call.index, call.module, call.hidden_states, call.top_k_index, call.top_k_weights)
             self.count_step(call.top_k_index.numel(), experts, experts * layer.bytes_per_expert)
             return out
         groups = group_tokens(
@@ -220,6 +222,24 @@ class Engine:
         self.statistics.add(
             rows=rows, experts=experts, torch_experts=0, bytes_read=bytes_read, seconds=0.0, calls=layers
         )
+
+    @property
+    def device(self) -> DeviceSide | None:
+        """The device's side; None where everything runs on the CPU, and once the device is lost."""
+        return self._device
+
+    def lose_device(self) -> None:
+        """Go on with the CPU alone."""
+        with self._gate:
+            side, self._device = self._device, None
+            if side is None:
+                return
+            self.lost_devices += 1
+        self._end_device(side)
+
+    def _end_device(self, side: DeviceSide) -> None:
+        side.detach(self._model)
+        side.close()
 
     def detach(self) -> PreTrainedModel:
         """Give the model back as a plain load would have made it: expert weights copied into parameters, no trace
@@ -256,8 +276,9 @@ class Engine:
             self._gate.wait_for(lambda: self._calls == 0)
         decode_model.detach(self._fused)
         if self._device is not None:
-            self._device.detach(self._model)
-            self._device.close()
+            self._end_device(self._device)
+        if isinstance(self._model.__dict__.get("forward"), GuardedForward):
+            del self._model.__dict__["forward"]
         for path in self._layers:
             detach_handle(self._model.get_submodule(path))
         self._model.__dict__.pop("offload", None)

@@ -9,7 +9,7 @@ All four small tensors lie in one host arena for life, and are rewritten layer a
 host waits for the compute stream once a layer, in `export`: by then every launch of the layer before has read them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +21,6 @@ from moe_offload.cpu_kernels.grouping import Groups, group_tokens
 from moe_offload.cpu_layer import CpuLayer, PackedLayer
 from moe_offload.gpu_kernels.torch_experts import TorchExperts
 from moe_offload.transfer.accelerator import Accelerator, Buffer, HostArena, Work, as_tensor
-from moe_offload.transfer.device_slots import DeviceSlots
 
 LEAST_TOKENS = 64
 LAUNCHES_PER_EXPERT = 7  # torch's operations of one expert
@@ -52,12 +51,16 @@ class _Staging(NamedTuple):
 
 
 class LayerTensors:
-    """Implements `dispatcher.LayerWork` for one layer after the other: `begin`, then the dispatcher, then `result`."""
+    """Implements `dispatcher.LayerWork` for one layer after the other: `begin`, then the dispatcher, then `result`.
 
-    def __init__(self, accelerator: Accelerator, slots: DeviceSlots, hidden_size: int, top_k: int) -> None:
-        self._accelerator, self._slots = accelerator, slots
+    slot: the bytes of a slot. Takes its memory for a few tokens at once, more when more come.
+    """
+
+    def __init__(self, accelerator: Accelerator, slot: Callable[[int], Buffer], hidden_size: int, top_k: int) -> None:
+        self._accelerator, self._slot = accelerator, slot
         self._hidden_size, self._top_k = hidden_size, top_k
         self._staging: _Staging | None = None
+        self._room(LEAST_TOKENS, top_k)
 
     @staticmethod
     def device_bytes(tokens: int, hidden_size: int) -> int:
@@ -121,7 +124,7 @@ class LayerTensors:
                 parts.device.add_rows(y, x, all_tokens[start:stop], all_weights[start:stop], record)
 
         reads = [room.row_tokens.part(0, 8 * rows), room.row_weights.part(0, 4 * rows)]
-        reads += [self._slots.buffer(slot).part(0, parts.record_bytes) for slot in slots]
+        reads += [self._slot(slot).part(0, parts.record_bytes) for slot in slots]
         counts = [stop - start for start, stop in ranges]
         work = Work(parts.record_bytes, parts.flops_per_row, counts, launches=LAUNCHES_PER_EXPERT * len(counts) + first)
         self._accelerator.launch(self._accelerator.compute, add, reads, (room.out,), work, "experts")
