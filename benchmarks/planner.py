@@ -2,8 +2,9 @@
 
 Random layers of six kinds of server and batch; with up to 10 active experts every choice is tried. The gap is what a
 plan's objective (makespan less what its fetches save later) is above the best one's, as a share of the shortest
-makespan. With more experts the planners are compared with the product's own. Planning is timed from Python to the plan,
-one call at a time.
+makespan. Gaps are taken twice: with nothing coming and nothing to save, as it is for policies without prefetch, and
+with both. With more experts the planners are compared with ours. Planning is timed from Python to the plan, call by
+call.
 """
 
 from collections.abc import Iterator
@@ -28,19 +29,19 @@ MANY = (32, 128)
 PLANNERS = [name for name in POLICIES if name != "oracle"]  # its planner is ours
 
 
-def cases(regime: str, sizes: list[int], values: bool) -> Iterator[tuple[LayerState, LayerCosts]]:
-    """Random layers with these numbers of active experts."""
-    rng = np.random.default_rng([list(REGIMES).index(regime), values])
+def cases(regime: str, sizes: list[int], prefetch: bool) -> Iterator[tuple[LayerState, LayerCosts]]:
+    """Random layers with these numbers of active experts; with prefetch some are coming, and fetches save something."""
+    rng = np.random.default_rng([list(REGIMES).index(regime), prefetch])
     for active in sizes:
-        yield random_layer(rng, REGIMES[regime], active, values=values)
+        yield random_layer(rng, REGIMES[regime], active, values=prefetch, coming=0.3 if prefetch else 0.0)
 
 
-def gaps_to_optimum(regime: str, count: int, values: bool) -> dict[str, list[float]]:
+def gaps_to_optimum(regime: str, count: int, prefetch: bool) -> dict[str, list[float]]:
     """Of every policy's plans for 1 to 10 active experts."""
     found: dict[str, list[float]] = {name: [] for name in PLANNERS}
-    for state, costs in cases(regime, [1 + number % 10 for number in range(count)], values):
+    for state, costs in cases(regime, [1 + number % 10 for number in range(count)], prefetch):
         best = least_objective(state, costs)
-        seconds = least_objective(replace(state, value=np.zeros(len(state.rows))), costs) if values else best
+        seconds = least_objective(replace(state, value=np.zeros(len(state.rows))), costs) if prefetch else best
         for name in PLANNERS:
             found[name].append((objective(state, costs, POLICIES[name].planner(state, costs)) - best) / seconds)
     return found
@@ -49,7 +50,7 @@ def gaps_to_optimum(regime: str, count: int, values: bool) -> dict[str, list[flo
 def times_ours(regime: str, count: int) -> dict[str, list[float]]:
     """Makespans of the policies' plans for many active experts, over that of ours."""
     found: dict[str, list[float]] = {name: [] for name in PLANNERS}
-    for state, costs in cases(regime, [MANY[number % len(MANY)] for number in range(count)], values=False):
+    for state, costs in cases(regime, [MANY[number % len(MANY)] for number in range(count)], prefetch=False):
         ours = POLICIES["ours"].planner(state, costs).seconds
         for name in PLANNERS:
             found[name].append(POLICIES[name].planner(state, costs).seconds / ours)
@@ -61,7 +62,7 @@ def planning_times(active: int, count: int) -> list[float]:
     plan = POLICIES["ours"].planner
     seconds = []
     for regime in REGIMES:
-        for state, costs in cases(regime, [active] * count, values=True):
+        for state, costs in cases(regime, [active] * count, prefetch=True):
             for _ in range(5):
                 started = perf_counter()
                 plan(state, costs)
@@ -79,14 +80,14 @@ def main(
     for regime in REGIMES:
         progress(f"planning {regime}")
         quality[regime] = {}
-        exact, valued = gaps_to_optimum(regime, count, values=False), gaps_to_optimum(regime, count, values=True)
+        gaps, ahead = (gaps_to_optimum(regime, count, prefetch) for prefetch in (False, True))
         many = times_ours(regime, max(count // 5, 2))
         for name in PLANNERS:
             quality[regime][name] = {
-                "mean_gap": mean(exact[name]),
-                "worst_gap": max(exact[name]),
-                "mean_gap_with_values": mean(valued[name]),
-                "worst_gap_with_values": max(valued[name]),
+                "mean_gap": mean(gaps[name]),
+                "worst_gap": max(gaps[name]),
+                "mean_gap_with_prefetch": mean(ahead[name]),
+                "worst_gap_with_prefetch": max(ahead[name]),
                 "mean_times_ours_many_experts": mean(many[name]),
                 "least_times_ours_many_experts": min(many[name]),
             }

@@ -86,9 +86,15 @@ REGIMES = {
 
 
 def random_layer(
-    rng: np.random.Generator, regime: Regime, active: int, *, values: bool = False, noise: float = 0.1
+    rng: np.random.Generator,
+    regime: Regime,
+    active: int,
+    *,
+    values: bool = False,
+    coming: float = 0.3,
+    noise: float = 0.1,
 ) -> tuple[LayerState, LayerCosts]:
-    """A layer with times of a regime, give or take `noise`, in seconds; a share of it resident, some of it coming."""
+    """A layer with times of a regime, give or take `noise`, in seconds; some of it resident, some of it coming."""
     counts = np.arange(257.0)
     tables = []
     for first, more in (regime.cpu, regime.gpu):
@@ -100,10 +106,8 @@ def random_layer(
     costs = LayerCosts(tables[0], tables[1], copy, *starts.tolist())
     low, high = np.log(regime.rows[0]), np.log(regime.rows[1] + 0.99)
     rows = np.exp(rng.uniform(low, high, active)).astype(np.int64)
-    resident, coming = rng.uniform(0, 0.8), rng.uniform(0, 0.3)
-    where = rng.choice(
-        np.array([HOST, COMING, SLOT]), active, p=np.array([1, coming, resident]) / (1 + coming + resident)
-    )
+    shares = np.array([1.0, rng.uniform(0, coming), rng.uniform(0, 0.8)])
+    where = rng.choice(np.array([HOST, COMING, SLOT]), active, p=shares / shares.sum())
     ready = np.where(where == COMING, rng.uniform(0, 3 * copy, active), 0.0)
     value = rng.uniform(-0.2, 0.6, active) * copy * rng.choice([0.5, 1.0, 4.0]) * (where == HOST) * values
     state = LayerState(
