@@ -74,18 +74,17 @@ class ExpertStore:
             )
         self._tier = HostTier(arena_factory, self.slot_bytes, capacity, dict.fromkeys(self._sizes, experts))
         self.capacity = capacity
-        # Guards all below and the tier. Not taken through the condition: `with` a condition runs Python code, in which
-        # Ctrl-C leaves it locked for ever.
-        self._lock = threading.RLock()
-        self._changed = threading.Condition(self._lock)
+        self._lock = threading.RLock()  # guards all below and the tier
+        self._gates: list[threading.Lock] = []  # closed; of those who wait for a change
         self._claiming = threading.Lock()  # taken before: only one call at a time waits for slots while it has some
         self._queue: deque[HostRecord] = deque()
         self._counters = self._tier.counters
         self._closed = False
         # Threads come with work and go without. Daemons: a program that ends without `close` does not wait for them.
         self._work = threading.Condition(self._lock)
-        self._threads: list[threading.Thread] = []
-        self._most_readers, self._readers, self._idle_readers = readers, 0, 0
+        self._threads: set[threading.Thread] = set()  # that may be alive
+        self._readers: set[threading.Thread] = set()  # of them, those that look for work
+        self._most_readers, self._idle_readers = readers, 0
 
     def get(self, layer: int, expert: int) -> Buffer:
         """The record, in host memory until room is needed."""
@@ -121,7 +120,7 @@ class ExpertStore:
             if after is not None:
                 record.remember(after)
             record.holds -= 1
-            self._changed.notify_all()
+            self._open_gates()
 
     @contextmanager
     def held(self, layer: int, experts: Collection[int]) -> Iterator[list[Buffer]]:
@@ -186,23 +185,26 @@ class ExpertStore:
         """AssertionError when the bookkeeping contradicts itself."""
         with self._lock:
             self._tier.check_integrity()
-            assert 0 <= self._idle_readers <= self._readers <= self._most_readers
+            assert 0 <= self._idle_readers <= len(self._readers)
+            assert self._readers <= self._threads
 
     def close(self) -> None:
         """Stop and join the threads, wait for copies, give the memory back. Harmless when done twice."""
         with self._lock:
             self._closed = True
             self._queue.clear()
-            self._changed.notify_all()
+            self._open_gates()
             self._work.notify_all()
         for thread in self._threads:
-            if thread.ident is not None:  # it was started
+            if thread.is_alive():
                 thread.join()
-        with self._lock:  # calls of other threads may be reading still
-            self._changed.wait_for(
-                lambda: not any(record.state is State.LOADING for record in self._tier.records.values())
-            )
-            self._tier.close()
+        while True:
+            with self._lock:
+                if not any(record.state is State.LOADING for record in self._tier.records.values()):
+                    self._tier.close()
+                    return
+                gate = self._gate()
+            gate.acquire()  # a call of another thread is reading
 
     def __enter__(self) -> "ExpertStore":
         return self
@@ -249,7 +251,7 @@ class ExpertStore:
                 self._counters.waited_seconds += time.perf_counter() - started
                 for record in claimed:
                     self._tier.unclaim(record, token)
-                self._changed.notify_all()
+                self._open_gates()
 
     def _claim(self, layer: int, experts: Collection[int], token: object, claimed: list[HostRecord]) -> None:
         """A slot for each, and our claim on it."""
@@ -260,40 +262,70 @@ class ExpertStore:
                 f" bytes fit host memory: ask for fewer, or give {different * self.slot_bytes} bytes"
             )
         new: list[HostRecord] = []
-        with self._claiming, self._lock:
+        with self._claiming:
             for expert in experts:
-                while (record := self._tier.records.get((layer, expert))) is None:
-                    self._check(layer, expert)
-                    record = self._tier.reserve((layer, expert), self._sizes[layer], predicted=False)
-                    if record is not None:
-                        new.append(record)
-                        break
-                    if not self._tier.may_come_free(token):
-                        raise HostMemoryFullError(
-                            f"expert {expert} of layer {layer} is asked for, and all {self.capacity} in host memory"
-                            f" are held: release some, or give more than {self.capacity * self.slot_bytes} bytes"
-                        )
-                    self._changed.wait()
-                self._counters.hits += record.state is State.HERE
-                claimed.append(record)
-                record.claims.add(token)
-                record.predicted = False
+                while (gate := self._claim_one((layer, expert), token, claimed, new)) is not None:
+                    gate.acquire()
+        with self._lock:
             self._queue.extendleft(reversed(new[1:]))  # the first is read by this thread
             self._wake_readers(len(new) - 1)
+
+    def _claim_one(
+        self, key: Key, token: object, claimed: list[HostRecord], new: list[HostRecord]
+    ) -> "threading.Lock | None":
+        """None when that is done, else what to wait for."""
+        with self._lock:
+            self._check(*key)
+            record = self._tier.records.get(key)
+            if record is None:
+                record = self._tier.reserve(key, self._sizes[key[0]], predicted=False)
+                if record is None:
+                    if self._tier.may_come_free(token):
+                        return self._gate()
+                    raise HostMemoryFullError(
+                        f"expert {key[1]} of layer {key[0]} is asked for, and all {self.capacity} in host memory are"
+                        f" held: release some, or give more than {self.capacity * self.slot_bytes} bytes"
+                    )
+                new.append(record)
+            self._counters.hits += record.state is State.HERE
+            claimed.append(record)
+            record.claims.add(token)
+            record.predicted = False
+            return None
 
     def _await(self, record: HostRecord) -> None:
         """Return when the record, which is claimed, is here: read by us, or by whoever began."""
         while True:
             with self._lock:
-                while record.state is State.LOADING and not self._closed:
-                    self._changed.wait()
                 if self._closed:
                     raise ValueError(_CLOSED)
                 if record.state is State.HERE:
                     return
                 if record.error is not None:
                     raise record.error
-            self._load(record)
+                gate = self._gate() if record.state is State.LOADING else None
+            if gate is None:
+                self._load(record)
+            else:
+                gate.acquire()
+
+    def _gate(self) -> threading.Lock:
+        """A lock that can be taken after the next change.
+
+        Where a user's thread waits there is no condition: Ctrl-C within its Python code leaves it locked, or unlocked
+        too often.
+        """
+        gate = threading.Lock()
+        gate.acquire()
+        self._gates.append(gate)
+        return gate
+
+    def _open_gates(self) -> None:
+        """Something changed."""
+        while self._gates:
+            if self._gates[-1].locked():
+                self._gates[-1].release()
+            self._gates.pop()  # afterwards: better opened twice than never
 
     def _load(self, record: HostRecord) -> None:
         """Read a record that is QUEUED; an Exception goes into `record.error`."""
@@ -313,19 +345,19 @@ class ExpertStore:
                 self._counters.ahead_loads += record.ahead
                 self._counters.loaded_bytes += record.buffer.nbytes
                 self._counters.load_seconds += seconds
-                self._changed.notify_all()
+                self._open_gates()
         except Exception as error:
             with self._lock:
                 record.error = error
                 self._counters.failed += 1
                 self._tier.drop(record)
-                self._changed.notify_all()
+                self._open_gates()
         except BaseException:  # such as Ctrl-C: those who wait read it themselves
             with self._lock:
                 if record.state is State.LOADING and record.loader == me:
                     self._tier.requeue(record)
                     self._tier.unclaim(record, None)
-                self._changed.notify_all()
+                self._open_gates()
             raise
 
     def _wake_readers(self, count: int) -> None:
@@ -333,25 +365,28 @@ class ExpertStore:
         if count <= 0:
             return
         self._work.notify(count)
-        self._threads = [thread for thread in self._threads if thread.is_alive()]
-        for _ in range(min(count - self._idle_readers, self._most_readers - self._readers)):
+        self._threads = {thread for thread in self._threads if thread.is_alive()}
+        self._readers &= self._threads  # without those whose start Ctrl-C or the system prevented
+        for _ in range(min(count - self._idle_readers, self._most_readers - len(self._readers))):
             thread = threading.Thread(target=self._read_queue, name="expert-store", daemon=True)
-            self._threads.append(thread)
+            self._threads.add(thread)
+            self._readers.add(thread)
             try:
                 thread.start()
             except RuntimeError:  # the system refuses: whoever asks for what is queued reads it
-                self._threads.remove(thread)
                 return
-            self._readers += 1
 
     def _read_queue(self) -> None:
         """What a reader does."""
+        with self._lock:
+            self._threads.add(threading.current_thread())
+            self._readers.add(threading.current_thread())
         try:
             while (record := self._next_record()) is not None:
                 self._load(record)
         finally:
             with self._lock:
-                self._readers -= 1
+                self._readers.discard(threading.current_thread())
 
     def _next_record(self) -> HostRecord | None:
         """The first of the queue, which stays there; None when there was none for long."""

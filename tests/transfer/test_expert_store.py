@@ -485,8 +485,12 @@ def test_arenas_are_a_gibibyte_at_most_and_within_the_budget(monkeypatch: pytest
     assert [each.closed for each in made] == [True]
 
 
-def test_ctrl_c_anywhere() -> None:
-    """A timer raises KeyboardInterrupt between any two lines of the store, hundreds of times."""
+def test_ctrl_c_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A timer raises KeyboardInterrupt between any two lines of the store, hundreds of times.
+
+    But while a thread is being started: there Python itself can be left with a lock that nobody opens any more.
+    """
+    monkeypatch.setattr("moe_offload.transfer.expert_store._LINGER", 60)
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -497,6 +501,7 @@ def test_ctrl_c_anywhere() -> None:
     interrupted = 0
     try:
         with ExpertStore(source, PlainArena, range(2), 3 * PAGE) as store:
+            store.read_ahead([(0, 0), (0, 1)])
             for delay, layer, expert in zip(rng.uniform(1e-5, 1e-3, 400), *rng.integers(0, 2, (2, 400)), strict=True):
                 key = int(layer), int(expert)
                 try:
