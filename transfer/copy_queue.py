@@ -216,7 +216,6 @@ class CopyQueue(Generic[Key]):
         # where the stream stands still before the chunk, the end of the last one is not when this one begins
         pauses = not self._flying or (waits and not order.free)
         begin = stream.record(timed=True) if pauses else None
-        issued = self._accelerator.now()
         whole = nbytes == transfer.source.nbytes
         source = transfer.source if whole else transfer.source.part(at, nbytes)
         destination = transfer.destination if whole else transfer.destination.part(at, nbytes)
@@ -226,7 +225,7 @@ class CopyQueue(Generic[Key]):
         self._submitted += nbytes
         order.end = self._submitted
         self._counts["on_demand" if order.on_demand else "prefetched"] += nbytes
-        self._flying.append(Chunk(order, begin, order.event, nbytes, issued))
+        self._flying.append(Chunk(order, begin, order.event, nbytes, self._accelerator.now()))
 
     def _wait_for_reader(self, order: Order[Key]) -> None:
         """Let the copy wait until the destination's last reader is through."""
