@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from moe_offload.models.errors import OptionError
+from moe_offload.scheduling.policy_names import POLICIES
 
 _SAMPLING = "Sampling (default: what the model's generation_config says)"
 _RUNNING = "How the model runs"
@@ -117,6 +118,53 @@ MemoryLimit = Annotated[
         metavar="SIZE",
         help="Memory the model may take, such as 512MB, 8GB or 8GiB.",
         rich_help_panel=_RUNNING,
+    ),
+]
+_DEVICES = "GPU and CPU together"
+Device = Annotated[
+    str,
+    typer.Option(
+        metavar="[auto|cpu|cuda|cuda:N|virtual:PROFILE]",
+        help="auto: the first usable NVIDIA card, else the CPU alone. virtual simulates a server, such as "
+        "virtual:gtx1080ti: real numbers, modelled times.",
+        rich_help_panel=_DEVICES,
+    ),
+]
+GpuMemory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Memory of the card that the model may take, such as 6GiB; by default what is free.",
+        rich_help_panel=_DEVICES,
+    ),
+]
+Ram = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Page-locked memory for experts on their way to the card; by default as much as the experts need.",
+        rich_help_panel=_DEVICES,
+    ),
+]
+PolicyName = Annotated[
+    str,
+    typer.Option(
+        "--policy",
+        metavar=f"[{'|'.join(POLICIES)}]",
+        help="Who decides which expert runs where; all but 'ours' are there to compare with.",
+        rich_help_panel=_DEVICES,
+    ),
+]
+Stats = Annotated[
+    bool,
+    typer.Option("--stats", help="Afterwards, say what ran where and where the time went.", rich_help_panel=_DEVICES),
+]
+Trace = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Write a timeline of streams and CPU work, for ui.perfetto.dev or chrome://tracing.",
+        rich_help_panel=_DEVICES,
     ),
 ]
 AttnImplementation = Annotated[

@@ -67,6 +67,12 @@ def generate(
     pack_dir: cli_options.PackDir = None,
     dense: cli_options.Dense = "auto",
     attn_implementation: cli_options.AttnImplementation = None,
+    device: cli_options.Device = "auto",
+    gpu_memory: cli_options.GpuMemory = None,
+    ram: cli_options.Ram = None,
+    policy: cli_options.PolicyName = "ours",
+    stats: cli_options.Stats = False,
+    trace: cli_options.Trace = None,
     revision: cli_options.Revision = None,
     as_json: cli_options.Json = False,
     verbose: cli_options.Verbose = False,
@@ -75,12 +81,13 @@ def generate(
     options = ModelOptions(
         model, weights, dtype, threads, parse_size(memory_limit, "--memory-limit"), attn_implementation,
         revision, verbose, show_progress=not as_json, activations=activations, pack_dir=pack_dir, dense=dense,
+        device=device, gpu_memory=parse_size(gpu_memory, "--gpu-memory"), ram=parse_size(ram, "--ram"), policy=policy,
     )  # fmt: skip
     text = _prompt(prompt, prompt_file)
     opened = open_model(options)
     from moe_offload.completion import complete
 
-    return complete(opened, text, sampling, chat=chat, as_json=as_json)
+    return complete(opened, text, sampling, chat=chat, as_json=as_json, stats=stats, trace=trace)
 
 
 @app.command(
@@ -107,6 +114,10 @@ def chat(
     pack_dir: cli_options.PackDir = None,
     dense: cli_options.Dense = "auto",
     attn_implementation: cli_options.AttnImplementation = None,
+    device: cli_options.Device = "auto",
+    gpu_memory: cli_options.GpuMemory = None,
+    ram: cli_options.Ram = None,
+    policy: cli_options.PolicyName = "ours",
     revision: cli_options.Revision = None,
     as_json: cli_options.Json = False,
     verbose: cli_options.Verbose = False,
@@ -115,6 +126,7 @@ def chat(
     options = ModelOptions(
         model, weights, dtype, threads, parse_size(memory_limit, "--memory-limit"), attn_implementation,
         revision, verbose, show_progress=not as_json, activations=activations, pack_dir=pack_dir, dense=dense,
+        device=device, gpu_memory=parse_size(gpu_memory, "--gpu-memory"), ram=parse_size(ram, "--ram"), policy=policy,
     )  # fmt: skip
     _require_text(system, "--system")
     opened = open_model(options)

@@ -1,7 +1,9 @@
 """`generate` and `chat` once their options are checked: load, answer, and say what came of it."""
 
 import json
+import os
 import secrets
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from moe_offload import chat as terminal_chat
 from moe_offload import terminal
 from moe_offload.conversation import Conversation
 from moe_offload.generation import Generation, generate
+from moe_offload.models.errors import OptionError
 from moe_offload.opening import OpenedModel
 from moe_offload.prompts import (
     encode_chat,
@@ -28,8 +31,22 @@ _BEFORE = 6
 _INTERRUPTED = 130
 
 
-def complete(opened: OpenedModel, prompt: str, sampling: Sampling, *, chat: bool | None, as_json: bool) -> int:
-    """`moe-offload generate`: one continuation. Returns the exit code."""
+def complete(
+    opened: OpenedModel,
+    prompt: str,
+    sampling: Sampling,
+    *,
+    chat: bool | None,
+    as_json: bool,
+    stats: bool = False,
+    trace: Path | None = None,
+) -> int:
+    """`moe-offload generate`: one continuation. Returns the exit code.
+
+    stats: say what ran where. trace: write a timeline there.
+    """
+    if trace is not None:
+        require_writable(trace)
     tokenizer = opened.tokenizer
     if chat:
         ids = encode_chat(tokenizer, [{"role": "user", "content": prompt}])
@@ -53,6 +70,10 @@ def complete(opened: OpenedModel, prompt: str, sampling: Sampling, *, chat: bool
                 f"--max-new-tokens {wanted} is cut to that"
             )
         seed = _start_chance(sampling, config.do_sample)
+        if trace is not None:
+            if engine.device is None:
+                raise OptionError("--trace is of a device's streams, and everything runs on the CPU: see --device")
+            engine.record_timeline()
         generation = generate(
             model,
             tokenizer,
@@ -64,12 +85,49 @@ def complete(opened: OpenedModel, prompt: str, sampling: Sampling, *, chat: bool
         )
         if as_json:
             result = _result(opened, model, generation, seed, load_seconds)
+            if stats:
+                found = engine.stats()
+                result["device_stats"] = None if found is None else found.to_dict()
             terminal.write(json.dumps(result, ensure_ascii=False, indent=2) + "\n")
         else:
             if generation.text and not generation.text.endswith("\n"):
                 terminal.write("\n")
             terminal.figures(generation.describe())
+            if stats:
+                _show_stats(engine)
+        if trace is not None:
+            _write_trace(engine, trace)
     return _INTERRUPTED if generation.finish_reason == "interrupted" else 0
+
+
+def _show_stats(engine: Any) -> None:
+    found = engine.stats()
+    if found is None:
+        terminal.note("everything ran on the CPU: there is nothing to split (see --device)")
+        return
+    from moe_offload.device_stats import stats_table
+
+    for part in stats_table(found):
+        terminal.console().print(part, style="dim")
+
+
+def _write_trace(engine: Any, path: Path) -> None:
+    if engine.device is None:
+        terminal.note(f"{path} was not written: the device was lost, and its timeline with it")
+        return
+    try:
+        count = engine.write_timeline(path)
+    except OSError as error:
+        raise OptionError(f"cannot write {path}: {error.strerror or error}") from error
+    terminal.note(f"{count} events in {path}: open it at ui.perfetto.dev or chrome://tracing")
+
+
+def require_writable(path: Path) -> None:
+    """Raise OptionError where a file cannot be made, before a model is loaded."""
+    if path.is_dir():
+        raise OptionError(f"--trace {path} is a folder: give the name of a file")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise OptionError(f"--trace {path}: its folder does not exist or cannot be written to")
 
 
 def converse(opened: OpenedModel, sampling: Sampling, *, system: str, as_json: bool) -> int:
@@ -131,6 +189,7 @@ def _result(
         "load_s": round(load_seconds, 3),
         "threads": engine.threads,
         "weights": engine.weights,
+        "device": "cpu" if engine.device is None else engine.device.accelerator.name,
     }
 
 

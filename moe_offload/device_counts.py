@@ -41,6 +41,8 @@ class DeviceCounts:
         self.layers = layers
         self.steps = 0
         self.device_seconds = 0.0
+        self.step_seconds = 0.0
+        self.exposed_seconds = 0.0  # the device waited for copies, and nothing else worked
         self._calls = np.zeros(layers, np.int64)
         self._experts = np.zeros((layers, 3), np.int64)  # CPU, from a slot, fetched
         self._rows = np.zeros((layers, 2), np.int64)

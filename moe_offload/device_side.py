@@ -25,6 +25,7 @@ from moe_offload.cpu_kernels.team import Team
 from moe_offload.cpu_layer import CpuLayer, PackedLayer
 from moe_offload.device_costs import measure_costs
 from moe_offload.device_kv import AttentionWork, SlotBook
+from moe_offload.device_stats import DeviceStats, device_stats
 from moe_offload.dispatcher import Dispatcher, Parts
 from moe_offload.gpu_kernels.torch_experts import DeviceActivation, DeviceRecord, TorchExperts
 from moe_offload.kv_placement import KvPlacement
@@ -106,6 +107,7 @@ class DeviceSide:
     ) -> None:
         self.accelerator, self.options, self._dtype = accelerator, options, dtype
         self.placement: KvPlacement | None = None
+        self.wait_seconds = 0.0  # of the host, for the router's answer
         self.policy = find_policy(options.policy)
         self._lock = threading.RLock()
         self._layers = layers
@@ -216,7 +218,9 @@ class DeviceSide:
         top_k_weights: torch.Tensor,
     ) -> tuple[torch.Tensor, int]:
         self._account(len(hidden_states))
+        began = self.accelerator.now()
         groups = self._tensors.begin(self._parts[layer], module, hidden_states, top_k_index, top_k_weights)
+        self.wait_seconds += self.accelerator.now() - began
         rows = np.diff(groups.offsets)
         self.dispatcher.run(layer, groups.experts, rows, len(hidden_states), self._tensors)
         return self._tensors.result, len(groups.experts)
@@ -256,6 +260,11 @@ class DeviceSide:
         """Place the KV cache that a forward is about to use. Raises OutOfDeviceMemoryError."""
         if self.placement is not None:
             self.placement.hook(model, (), kwargs)
+
+    def stats(self) -> DeviceStats:
+        """What was counted so far."""
+        with self._lock:
+            return device_stats(self)
 
     def end_step(self) -> None:
         """The model's forward pass is through."""

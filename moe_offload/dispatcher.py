@@ -109,6 +109,8 @@ class Dispatcher:
         self._layer = -1
         self._slot_of_key: dict[tuple[int, int], int] = {}  # of copies on their way
         self._pending: deque[_Pending] = deque()
+        self._stalls: list[tuple[Event, Event]] = []  # of the device, for copies, in this layer
+        self._unknown_stalls: deque[tuple[Event, Event, float]] = deque()  # and when the host had nothing else to do
 
     # Steps
 
@@ -131,6 +133,7 @@ class Dispatcher:
         if self.guard is not None:
             self.guard.record(self._tokens, "dynamic" if self.dynamic else "static", seconds)
         self.counts.steps += 1
+        self.counts.step_seconds += seconds
         self._tokens = 0
 
     def cancel_prefetches(self) -> None:
@@ -220,6 +223,7 @@ class Dispatcher:
         if len(cpu):
             work.on_cpu(cpu)
         done = clock()
+        self._learn_stalls(done)
         if len(cpu):
             parts.costs.observe_cpu(parts.kinds[layer], rows[cpu], done - ahead)
         work.join(cpu=bool(len(cpu)))
@@ -280,11 +284,13 @@ class Dispatcher:
                 break
             # Half of what is on its way, then half of the rest: few launches, and little left to do when the last arrives.
             group = there[: (len(there) + 1) // 2]
+            before = self.parts.accelerator.compute.record(timed=True)
             for position in group:
                 arriving.popleft()
                 event = self.parts.queue.ready((layer, int(experts[position])))
                 assert event is not None
                 self.parts.accelerator.compute.wait(event)
+            self._stalls.append((before, self.parts.accelerator.compute.record(timed=True)))
             self._launch(layer, state, group, slot_of, protected, work)
             self._fetch(layer, experts, waiting, slot_of, protected)
         cpu = np.flatnonzero(plan.action == CPU)
@@ -377,8 +383,16 @@ class Dispatcher:
             self.parts.cache.arrived(self._slot_of_key.pop(key))
             self.parts.records.release(*key, event)
 
+    def _learn_stalls(self, host_idle: float) -> None:
+        """The CPU's share of the layer ended at `host_idle`: from then on a device that waits for copies is waited for."""
+        self._unknown_stalls.extend((before, after, host_idle) for before, after in self._stalls)
+        self._stalls.clear()
+
     def _learn_device(self) -> None:
         """The host has synchronised with the compute stream since: jobs of the layer before have passed."""
+        while self._unknown_stalls and self._unknown_stalls[0][1].query():
+            before, after, host_idle = self._unknown_stalls.popleft()
+            self.counts.exposed_seconds += max(after.time() - max(before.time(), host_idle), 0.0)
         while self._pending and self._pending[0].end.query():
             job = self._pending.popleft()
             seconds = job.end.time() - job.start.time()

@@ -10,6 +10,7 @@ A call comes from transformers, layer by layer, possibly from several threads (c
 """
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -33,13 +34,16 @@ from moe_offload.cpu_setup import make_layers, make_packed_layers, make_team
 from moe_offload.decode_layer import DecodeLayer
 from moe_offload.dense import pack_dense
 from moe_offload.device_side import DeviceSide, device_layers
+from moe_offload.device_stats import DeviceStats
 from moe_offload.guarded_forward import GuardedForward
 from moe_offload.memory import require_memory
+from moe_offload.models.errors import OptionError
 from moe_offload.models.experts_function import attach_handle, detach_handle
 from moe_offload.models.skeleton import Skeleton
 from moe_offload.models.spec import MoeSpec
 from moe_offload.options import Dense, Options, Progress
 from moe_offload.statistics import Statistics
+from moe_offload.trace_file import write_trace
 from moe_offload.transfer.accelerator import Accelerator
 from moe_offload.transfer.expert_pack import ExpertPack
 
@@ -222,6 +226,27 @@ class Engine:
         self.statistics.add(
             rows=rows, experts=experts, torch_experts=0, bytes_read=bytes_read, seconds=0.0, calls=layers
         )
+
+    def stats(self) -> DeviceStats | None:
+        """What running on two devices came to; None where everything runs on the CPU."""
+        side = self._device
+        return None if side is None else side.stats()
+
+    def record_timeline(self) -> None:
+        """Write down from now on what the device and the host do, for `write_timeline`. Does nothing without a device."""
+        side = self._device
+        if side is not None:
+            side.accelerator.keep_timeline(True)
+
+    def write_timeline(self, path: str | os.PathLike[str]) -> int:
+        """A file for Chrome's about:tracing or Perfetto of what was written down; returns the number of its events.
+
+        Raises OptionError when there is no device, OSError when it cannot be written.
+        """
+        side = self._device
+        if side is None:
+            raise OptionError("there is no timeline: everything runs on the CPU, or the device was lost")
+        return write_trace(Path(path), side.accelerator.timeline(), side.accelerator.name)
 
     @property
     def device(self) -> DeviceSide | None:

@@ -33,6 +33,10 @@ class ModelOptions:
     activations: str = "auto"
     pack_dir: Path | None = None
     dense: str = "auto"
+    device: str = "auto"
+    gpu_memory: int | None = None
+    ram: int | None = None
+    policy: str = "ours"
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -49,6 +53,7 @@ class ModelOptions:
         return Options(
             cast(Weights, self.weights), self.threads, self.memory_limit,
             activations=cast(Activations, self.activations), pack_dir=self.pack_dir, dense=cast(Dense, self.dense),
+            device=self.device, gpu_memory=self.gpu_memory, ram=self.ram, policy=self.policy,
         )  # fmt: skip
 
 
@@ -89,6 +94,10 @@ class OpenedModel:
                     activations=cast(Activations, options.activations),
                     pack_dir=options.pack_dir,
                     dense=cast(Dense, options.dense),
+                    device=options.device,
+                    gpu_memory=options.gpu_memory,
+                    ram=options.ram,
+                    policy=options.policy,
                     progress=showing(activity),
                 )
             finally:
@@ -100,7 +109,8 @@ def showing(activity: Activity) -> Progress:
     """Tells `activity` what `load` reports."""
 
     def report(what: str, done: int, total: int) -> None:
-        activity.update(what, done, total, "kernels" if what.startswith("compiling") else BYTES)
+        units = {"compiling": "kernels", "measuring": "figures"}
+        activity.update(what, done, total, units.get(what.partition(" ")[0], BYTES))
 
     return report
 

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from moe_offload.models.errors import OptionError
-from moe_offload.scheduling.policies import find_policy
-from moe_offload.transfer.find_device import parse_device
+from moe_offload.scheduling.policy_names import POLICIES
 
 # Called with what is being done ("compiling kernels (...)", "converting experts", ...), how much of it is done, and how
 # much there is: kernels are counted, all else in bytes.
@@ -77,12 +76,16 @@ class Options:
                 raise OptionError(f"{name}={getattr(self, name)!r} is not one of {', '.join(get_args(known))}")
         if self.pack_dir is not None and (not isinstance(self.pack_dir, str | os.PathLike) or not str(self.pack_dir)):
             raise OptionError(f"pack_dir={self.pack_dir!r} is not the name of a folder")
-        try:
-            choice = parse_device(self.device)
-            find_policy(self.policy)
-        except ValueError as error:
-            raise OptionError(str(error)) from error
-        if choice.kind not in ("auto", "cpu") and self.dense in ("int8", "int4"):
+        if self.policy not in POLICIES:
+            raise OptionError(f"there is no policy {self.policy!r}: choose one of {', '.join(POLICIES)}")
+        if self.device not in ("auto", "cpu", "cuda"):
+            from moe_offload.transfer.find_device import parse_device  # imports torch
+
+            try:
+                parse_device(self.device)
+            except ValueError as error:
+                raise OptionError(str(error)) from error
+        if self.device not in ("auto", "cpu") and self.dense in ("int8", "int4"):
             raise OptionError(f"dense={self.dense!r} packs linears for the CPU, but device={self.device!r} runs them")
         for name in ("threads", "memory_limit", "gemm_rows", "gpu_memory", "ram"):
             value = getattr(self, name)
