@@ -190,6 +190,8 @@ class LayerTensors:
 
 def _host(buffer: Buffer, dtype: Any, *shape: int, write: bool = False) -> NDArray[Any]:
     count = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    if not count:
+        return np.empty(shape, dtype)
     return buffer.part(0, count).host(write=write).view(dtype).reshape(shape)
 
 
