@@ -221,6 +221,8 @@ class DeviceSide:
         began = self.accelerator.now()
         groups = self._tensors.begin(self._parts[layer], module, hidden_states, top_k_index, top_k_weights)
         self.wait_seconds += self.accelerator.now() - began
+        if not len(groups.experts):  # no tokens, or experts of somebody else
+            return torch.zeros_like(hidden_states), 0
         rows = np.diff(groups.offsets)
         self.dispatcher.run(layer, groups.experts, rows, len(hidden_states), self._tensors)
         return self._tensors.result, len(groups.experts)
