@@ -18,7 +18,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 import numpy as np
@@ -82,8 +82,8 @@ class ExpertStore:
         self._closed = False
         # Threads come with work and go without. Daemons: a program that ends without `close` does not wait for them.
         self._work = threading.Condition(self._lock)
-        self._threads: set[threading.Thread] = set()  # that may be alive
-        self._readers: set[threading.Thread] = set()  # of them, those that look for work
+        self._readers: set[threading.Thread] = set()
+        self._ended: list[threading.Thread] = []  # are through, and still to be joined
         self._most_readers, self._idle_readers = readers, 0
 
     def get(self, layer: int, expert: int) -> Buffer:
@@ -186,7 +186,6 @@ class ExpertStore:
         with self._lock:
             self._tier.check_integrity()
             assert 0 <= self._idle_readers <= len(self._readers)
-            assert self._readers <= self._threads
 
     def close(self) -> None:
         """Stop and join the threads, wait for copies, give the memory back. Harmless when done twice."""
@@ -195,8 +194,9 @@ class ExpertStore:
             self._queue.clear()
             self._open_gates()
             self._work.notify_all()
-        for thread in self._threads:
-            if thread.is_alive():
+            threads = [*self._readers, *self._ended]
+        for thread in threads:
+            with suppress(RuntimeError):  # Ctrl-C came before its start
                 thread.join()
         while True:
             with self._lock:
@@ -365,28 +365,34 @@ class ExpertStore:
         if count <= 0:
             return
         self._work.notify(count)
-        self._threads = {thread for thread in self._threads if thread.is_alive()}
-        self._readers &= self._threads  # without those whose start Ctrl-C or the system prevented
         for _ in range(min(count - self._idle_readers, self._most_readers - len(self._readers))):
             thread = threading.Thread(target=self._read_queue, name="expert-store", daemon=True)
-            self._threads.add(thread)
             self._readers.add(thread)
             try:
                 thread.start()
             except RuntimeError:  # the system refuses: whoever asks for what is queued reads it
+                self._readers.discard(thread)
                 return
+            except BaseException:
+                if thread.ident is None:
+                    self._readers.discard(thread)
+                raise
 
     def _read_queue(self) -> None:
         """What a reader does."""
+        me = threading.current_thread()
         with self._lock:
-            self._threads.add(threading.current_thread())
-            self._readers.add(threading.current_thread())
+            self._readers.add(me)
+            ended, self._ended = self._ended, []
+        for thread in ended:
+            thread.join()  # here: `join` and `is_alive` do not stand Ctrl-C
         try:
             while (record := self._next_record()) is not None:
                 self._load(record)
         finally:
             with self._lock:
-                self._readers.discard(threading.current_thread())
+                self._readers.discard(me)
+                self._ended.append(me)
 
     def _next_record(self) -> HostRecord | None:
         """The first of the queue, which stays there; None when there was none for long."""
