@@ -1,0 +1,128 @@
+"""Models on the virtual device for tests: with a budget for so many expert slots, and checked when they are left."""
+
+import gc
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel, set_seed
+
+import moe_offload
+from moe_offload.device_side import DeviceSide
+from moe_offload.layer_tensors import LayerTensors
+from moe_offload.transfer.virtual import VirtualAccelerator
+
+PROFILE = "virtual:gtx1080ti"
+PLAIN: dict[str, Any] = dict(max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None)
+
+CPU_MODELS: dict[Any, PreTrainedModel] = {}
+CPU_TOKENS: dict[Any, list[list[int]]] = {}
+
+
+def on_cpu(folder: Path, **options: Any) -> PreTrainedModel:
+    """The same model on the CPU alone: loaded once."""
+    key = folder, *sorted(options.items())
+    if key not in CPU_MODELS:
+        CPU_MODELS[key] = moe_offload.load(folder, device="cpu", **options)
+    return CPU_MODELS[key]
+
+
+def generate(model: PreTrainedModel, ids: torch.Tensor, **ways: Any) -> list[list[int]]:
+    """Tokens, the prompt's among them; greedily unless `ways` say otherwise."""
+    set_seed(7)
+    kept = PLAIN | dict(attention_mask=torch.ones_like(ids)) | ways
+    found: torch.Tensor = model.generate(ids, **kept)
+    return found.tolist()
+
+
+def expected(folder: Path, ids: torch.Tensor, **ways: Any) -> list[list[int]]:
+    """What the CPU alone generates: computed once."""
+    key = folder, tuple(map(tuple, ids.tolist())), *((name, str(value)) for name, value in sorted(ways.items()))
+    if key not in CPU_TOKENS:
+        CPU_TOKENS[key] = generate(on_cpu(folder), ids, **ways)
+    return CPU_TOKENS[key]
+
+
+def padded(ids: torch.Tensor, padding: list[int]) -> dict[str, torch.Tensor]:
+    """The attention mask for a batch whose rows begin with so many pads, which are put there."""
+    mask = torch.ones_like(ids)
+    for row, count in enumerate(padding):
+        ids[row, :count], mask[row, :count] = 0, 0
+    return dict(attention_mask=mask)
+
+
+def dense_bytes(folder: Path) -> int:
+    """What of the model is on the device before any expert: its other parameters, and the experts' output."""
+    model = on_cpu(folder)
+    hidden = model.offload.spec.layers[0].hidden_size
+    return sum(each.nbytes for each in model.parameters()) + LayerTensors.device_bytes(1, hidden)
+
+
+def budget(folder: Path, slots: int, contexts: int = 1) -> int:
+    """Device memory for about so many expert slots, and KV caches of one layer for so many sequences of 256 tokens."""
+    model = on_cpu(folder)
+    record = model.offload.spec.layers[0].bytes_per_expert("f32") + 256
+    position = 2 * 4 * model.config.num_attention_heads * 16
+    return dense_bytes(folder) + slots * record * 17 // 16 + contexts * 256 * position
+
+
+@contextmanager
+def on_device(
+    folder: Path, slots: int | None = None, *, contexts: int = 4, **options: Any
+) -> Iterator[PreTrainedModel]:
+    """The model on a virtual device with a budget for so many slots (None: the whole card); checked at the end."""
+    if slots is not None:
+        options["gpu_memory"] = budget(folder, slots, contexts)
+    model = moe_offload.load(folder, **{"device": PROFILE, "overlap": True} | options)
+    engine, side = model.offload, side_of(model)
+    try:
+        yield model
+        check(side)
+    finally:
+        engine.close()
+    assert side.accelerator.used == sum(each.nbytes for each in model.parameters())  # which the user has still
+
+
+def side_of(model: PreTrainedModel) -> DeviceSide:
+    """The device's side of a model that has one."""
+    side = model.offload.device
+    assert side is not None
+    return side
+
+
+def virtual(model: PreTrainedModel) -> VirtualAccelerator:
+    """The device itself."""
+    accelerator = side_of(model).accelerator
+    assert isinstance(accelerator, VirtualAccelerator)
+    return accelerator
+
+
+def check(side: DeviceSide) -> None:
+    """Bookkeeping that agrees, and budgets that were kept."""
+    side.cache.check_integrity()
+    side.store.check_integrity()
+    assert side.accelerator.peak <= side.accelerator.budget or isinstance(side.accelerator, VirtualAccelerator)
+    assert len(side.slots) == side.cache.slots
+    assert side.slots.nbytes <= side.accelerator.used
+
+
+def no_threads_left(before: set[threading.Thread]) -> bool:
+    """Whether all threads that have come since are gone."""
+    gc.collect()
+    return not [each for each in threading.enumerate() if each not in before]
+
+
+def new_cache(model: PreTrainedModel) -> DynamicCache:
+    """A KV cache of the kind that generate() makes."""
+    return DynamicCache(config=model.config)
+
+
+def is_gone(thing: Any) -> bool:
+    """Whether nobody holds what a weak reference named."""
+    gc.collect()
+    assert isinstance(thing, weakref.ref)
+    return thing() is None
