@@ -14,6 +14,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moe_offload.conversion import StoredExperts
 from moe_offload.device_choice import open_device
+from moe_offload.device_modules import device_bytes
 from moe_offload.engine import Engine
 from moe_offload.memory import memory_room, require_memory
 from moe_offload.models import experts_function
@@ -33,8 +34,9 @@ class MoeOffloadConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """Load a model with its experts left in the checkpoint: `from_pretrained(path,
     quantization_config=MoeOffloadConfig())`.
 
-    Parameters are those of `Options`; sizes may be strings such as "6GiB". `inner` is the configuration of a checkpoint that is quantised already, as in its
-    config.json; `moe_offload.load` fills it in. `progress` is called while experts are converted and kernels compiled.
+    Parameters are those of `Options`; sizes may be strings such as "6GiB". `inner` is the configuration of a checkpoint
+    that is quantised already, as in its config.json; `moe_offload.load` fills it in. `progress` is called while experts
+    are converted and kernels compiled.
     """
 
     def __init__(
@@ -97,7 +99,7 @@ class MoeOffloadQuantizer(SkeletonQuantizer):
         room = memory_room(options.memory_limit)
         self.choice = choose_weights(options.weights, stored_experts(skeleton), needed, room)
         require_memory(needed, options.memory_limit, "the non-expert weights")
-        self.accelerator = open_device(options, needed)
+        self.accelerator = open_device(options, device_bytes(model))
 
     def attach(self, model: PreTrainedModel, skeleton: Skeleton, dtype: torch.dtype) -> None:
         config: MoeOffloadConfig = self.quantization_config

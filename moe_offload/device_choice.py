@@ -14,8 +14,8 @@ logger = logging.getLogger(__name__)
 def open_device(options: Options, needed: int) -> Accelerator | None:
     """The device that the options name; None for the CPU alone. needed: bytes of the non-expert weights.
 
-    Raises OptionError for a device that is not there and a budget larger than it, NotEnoughMemoryError for one that has no
-    room for the non-expert weights; with device="auto" the model then runs on the CPU, and the log says so.
+    Raises OptionError for a device that is not there and a budget larger than it, NotEnoughMemoryError for one that has
+    no room for the non-expert weights; with device="auto" the model then runs on the CPU, and the log says so.
     """
     choice = parse_device(options.device)
     try:

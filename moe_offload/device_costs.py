@@ -1,7 +1,7 @@
-"""What experts, copies and starts cost on this machine: measured at first use, kept for later (scheduling/calibration.py).
+"""What experts, copies and starts cost on this machine: measured at first use, kept for later.
 
-A real device is measured with the model's own experts, run as the engine runs them. Of a virtual one the clock alone is asked,
-on a ghost of it, which takes no time worth keeping.
+A real device is measured with the model's own experts, run as the engine runs them. Of a virtual one the clock alone is
+asked, on a ghost of it, which takes no time worth keeping.
 """
 
 import itertools

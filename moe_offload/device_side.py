@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from moe_offload import device_attention
 from moe_offload.cpu_kernels.layout import Activation
@@ -25,6 +26,7 @@ from moe_offload.cpu_kernels.team import Team
 from moe_offload.cpu_layer import CpuLayer, PackedLayer
 from moe_offload.device_costs import measure_costs
 from moe_offload.device_kv import AttentionWork, SlotBook
+from moe_offload.device_modules import DeviceModules, device_bytes
 from moe_offload.device_stats import DeviceStats, device_stats
 from moe_offload.dispatcher import Dispatcher, Parts
 from moe_offload.gpu_kernels.torch_experts import DeviceActivation, DeviceRecord, TorchExperts
@@ -51,6 +53,7 @@ logger = logging.getLogger(__name__)
 
 SPARE_SHARE = 16  # of the room for slots, one part is left for activations and the KV cache
 SLABS = 32  # at least, so that memory can be given up in small parts
+LEAST_RECORDS = 8  # in host memory: what is on its way to the device is held there
 LEAST_SLOTS = 2  # one is read while the other is filled
 STREAM_SLOTS = 8  # of a static placement, that fetched experts take turns in
 GIVE_UP = 4  # of the slots, one part is given up when the device runs out of memory
@@ -95,7 +98,7 @@ class DeviceSide:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         skeleton: Skeleton,
         layers: Sequence[DeviceLayer],
         pack: ExpertPack | None,
@@ -107,19 +110,23 @@ class DeviceSide:
     ) -> None:
         self.accelerator, self.options, self._dtype = accelerator, options, dtype
         self.placement: KvPlacement | None = None
+        self._modules: DeviceModules | None = None
         self.wait_seconds = 0.0  # of the host, for the router's answer
         self.policy = find_policy(options.policy)
         self._lock = threading.RLock()
         self._layers = layers
         spec = skeleton.spec
-        self._dense_bytes = sum(p.numel() * p.itemsize for p in model.parameters())
+        self._dense_bytes = device_bytes(model)
         record_bytes = [layer.record.nbytes for layer in layers]
         kinds = [f"{r.dtype} {r.hidden_size}x{r.intermediate_size}" for r in (layer.record for layer in layers)]
         hidden, top_k = spec.layers[0].hidden_size, max(layer.top_k for layer in spec.layers)
-        self.store = ExpertStore(
-            self._source(skeleton, pack), accelerator.host_arena, range(len(layers)), options.ram,
-            least=min(8, len(layers) * layers[0].cpu.num_experts),
-        )  # fmt: skip
+        try:
+            self.store = ExpertStore(
+                self._source(skeleton, pack), accelerator.host_arena, range(len(layers)), options.ram,
+                least=min(LEAST_RECORDS, len(layers) * layers[0].cpu.num_experts),
+            )  # fmt: skip
+        except ValueError as error:
+            raise NotEnoughMemoryError(f"ram (--ram) is too little: {error}") from error
         compute = torch.float32 if accelerator.simulated else dtype
         self._parts = [
             LayerParts(
@@ -137,7 +144,7 @@ class DeviceSide:
             least = self._dense_bytes + LEAST_SLOTS * max(record_bytes) + LayerTensors.device_bytes(1, hidden)
             raise NotEnoughMemoryError(
                 f"the device memory given is {format_bytes(accelerator.budget)}, but the non-expert weights and "
-                f"{LEAST_SLOTS} experts need {format_bytes(least)}: raise gpu_memory (--gpu-memory), or take --device cpu"
+                f"{LEAST_SLOTS} experts need {format_bytes(least)}: raise gpu_memory (--gpu-memory), or take device cpu"
             ) from error
         self.queue: CopyQueue[tuple[int, int]] = CopyQueue(accelerator)
         experts = [layer.cpu.num_experts for layer in layers]
@@ -240,8 +247,10 @@ class DeviceSide:
             self.dispatcher.resize(slots)
             return len(self.slots) == slots
 
-    def attach(self, model: nn.Module, team: Team) -> None:
-        """Take the model's attention under control."""
+    def attach(self, model: PreTrainedModel, team: Team) -> None:
+        """Put the model's own modules on the device and take its attention under control."""
+        if self.accelerator.torch_device.type != "cpu":
+            self._modules = DeviceModules(model, self.accelerator.torch_device)
         layers = device_attention.attention_layers(model)
         itemsize = self._dtype.itemsize
         self.attention = AttentionWork(self.accelerator, layers, itemsize)
@@ -251,14 +260,20 @@ class DeviceSide:
         if obstacles:
             logger.info("the KV cache of some layers stays on the device: %s", "; ".join(obstacles))
 
-    def detach(self, model: nn.Module) -> None:
+    def detach(self, model: PreTrainedModel) -> None:
         """Inverse of `attach`; harmless without one."""
         if self.placement is not None:
             self.placement.close()
             self.placement = None
         device_attention.detach(model)
+        if self._modules is not None:
+            self._modules.withdraw()
 
-    def before_forward(self, model: nn.Module, kwargs: dict[str, Any]) -> None:
+    def carry_in(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of the model's forward, where its layers want them."""
+        return kwargs if self._modules is None else self._modules.carry_in(kwargs)
+
+    def before_forward(self, model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
         """Place the KV cache that a forward is about to use. Raises OutOfDeviceMemoryError."""
         if self.placement is not None:
             self.placement.hook(model, (), kwargs)

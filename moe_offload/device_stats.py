@@ -39,9 +39,9 @@ class LayerStats:
 class DeviceStats:
     """Totals since the model was loaded. Times are seconds on the accelerator's clock, modelled where `simulated`.
 
-    overlap: share of the copies' time during which nobody waited for them; None where nothing was copied. seconds: of the
-    host, by what it did; "model" is what the model's own modules took, and all else. kv_on_host: layers whose KV cache is
-    in host memory; None before the first forward with a cache.
+    overlap: share of the copies' time during which nobody waited for them; None where nothing was copied. seconds: of
+    the host, by what it did; "model" is what the model's own modules took, and all else. kv_on_host: layers whose KV
+    cache is in host memory; None before the first forward with a cache.
     """
 
     device: str
@@ -138,20 +138,9 @@ def stats_table(stats: DeviceStats) -> tuple[Text, Table]:
     ]
     for each in stats.guard:
         lines.append(f"guard, {_tokens(each)}: {_verdict(each)}")
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in (
-        "layer",
-        "in slots",
-        "found",
-        "on CPU",
-        "on device",
-        "fetched",
-        "copied",
-        "ahead",
-        "in vain",
-        "evicted",
-    ):
-        table.add_column(name, justify="right")
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    for name in ("layer", "slots", "found", "CPU", "device", "fetched", "copied", "ahead", "in vain", "evicted"):
+        table.add_column(name, justify="right", no_wrap=True)
     for layer in stats.layers:
         table.add_row(
             str(layer.layer), str(layer.resident), f"{layer.hit_rate:.0%}", str(layer.on_cpu), str(layer.on_device),

@@ -1,4 +1,4 @@
-"""One MoE layer of one token batch on two devices: plan, dispatch, look ahead, learn (steps 4 to 7 of the life of a token).
+"""One MoE layer of one token batch on two devices: plan, dispatch, look ahead, learn.
 
 The host enqueues everything for the device first (copies on the copy stream, launches on the compute stream, events
 between them), then runs the CPU's experts itself, then enqueues the addition of their output. It waits for the device
@@ -126,7 +126,7 @@ class Dispatcher:
             self.cancel_prefetches()
 
     def end_step(self) -> None:
-        """The forward pass is through. Also when the next one begins, but then what lies in between counts as its time."""
+        """The forward pass is through. The next one ends it too; then what lies in between counts as its time."""
         if self._tokens == 0:
             return
         seconds = self.parts.accelerator.now() - self._step_started
@@ -282,7 +282,8 @@ class Dispatcher:
             if not there:  # no slot can be had even now that all others have run
                 turned_away = list(arriving)
                 break
-            # Half of what is on its way, then half of the rest: few launches, and little left to do when the last arrives.
+            # Half of what is on its way, then half of the rest: few launches, and little left to do when the last
+            # arrives.
             group = there[: (len(there) + 1) // 2]
             before = self.parts.accelerator.compute.record(timed=True)
             for position in group:
@@ -384,7 +385,7 @@ class Dispatcher:
             self.parts.records.release(*key, event)
 
     def _learn_stalls(self, host_idle: float) -> None:
-        """The CPU's share of the layer ended at `host_idle`: from then on a device that waits for copies is waited for."""
+        """The CPU's share ended at `host_idle`: from then on a device that waits for copies is waited for."""
         self._unknown_stalls.extend((before, after, host_idle) for before, after in self._stalls)
         self._stalls.clear()
 

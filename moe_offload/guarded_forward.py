@@ -5,8 +5,9 @@ cache is placed; then
 
 - out of device memory: expert slots are given up, what the failed attempt put into the cache is taken back, and the
   forward runs again;
-- device lost, or too small even with the fewest slots: the engine goes on with the CPU alone. Keys and values are computed again from the tokens, and the forward
-  runs again: the sequence goes on with the same tokens. One warning tells of it.
+- device lost, or too small even with the fewest slots: the engine goes on with the CPU alone. Keys and values are
+  computed again from the tokens, and the forward runs again: the sequence goes on with the same tokens. One warning
+  tells of it.
 """
 
 import copy
@@ -62,7 +63,7 @@ class GuardedForward:
             try:
                 side.before_forward(self.model, kwargs)
                 try:
-                    return self._forward(kwargs)
+                    return self._forward(side.carry_in(kwargs))
                 finally:
                     side.end_step()
             except (OutOfDeviceMemoryError, torch.OutOfMemoryError) as error:

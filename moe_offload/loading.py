@@ -44,7 +44,8 @@ def load(
     """Load a Mixture-of-Experts model, its expert weights mapped from the checkpoint, or from a pack of them quantised.
 
     model: a folder in Hugging Face format, the id of a model on the Hub, or "demo" for the model in this package.
-    weights, threads, memory_limit, gemm_rows, activations, pack_dir, dense, fused_decode, device, gpu_memory, ram, policy, overlap: see
+    weights, threads, memory_limit, gemm_rows, activations, pack_dir, dense, fused_decode, device, gpu_memory, ram,
+    policy, overlap: see
         `Options`; sizes may be strings such as "6GiB".
     dtype, attn_implementation, device_map, revision, token, cache_dir, local_files_only: as in transformers'
         `from_pretrained`.

@@ -35,13 +35,14 @@ class Options:
     dense: format of the linears outside of the experts (attention, shared experts, dense layers, output head). "int8"
         and "int4" convert them once, into a pack of their own; "auto" takes "int8" with experts from a pack, else
         leaves them as stored.
-    device: what runs the model beside the CPU: "auto" (the first usable NVIDIA card, else none), "cpu", "cuda", "cuda:N", or
-        "virtual:PROFILE", a server that is simulated: real numbers, modelled times (transfer/server_profile.py).
-    gpu_memory: bytes of the device's memory that the model may take, all in all; None takes what is free.
-    ram: bytes of page-locked host memory for experts on their way to the device; None takes as many as there are experts.
-    policy: who decides what runs where; see `scheduling/policies.py`.
-    overlap: False waits for every copy and launch before the next: the same decisions one after the other.
-    fused_decode: run a decode step's layers in one launch each where the architecture is known (decode_modules.py);
+    device: what runs the model beside the CPU: "auto" (the first usable NVIDIA card, else none), "cpu", "cuda",
+        "cuda:N", or "virtual:PROFILE", a server that is simulated: real numbers, modelled times
+        (transfer/server_profile.py).
+    gpu_memory: bytes of the device's memory that the model may take, all in all; None takes what is free. ram: bytes of
+    page-locked host memory for experts on their way to the device; None takes as many as there are experts. policy: who
+    decides what runs where; see `scheduling/policies.py`. overlap: False waits for every copy and launch before the
+    next: the same decisions one after the other. fused_decode: run a decode step's layers in one launch each where the
+    architecture is known (decode_modules.py);
         False leaves every layer to transformers' modules.
 
     Raises OptionError for values out of bounds.

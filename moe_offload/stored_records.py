@@ -1,4 +1,4 @@
-"""Experts as a checkpoint stores them, gathered into one record each: what the expert store reads where there is no pack."""
+"""Experts as a checkpoint stores them, gathered into records: what the expert store reads where there is no pack."""
 
 from collections.abc import Mapping, Sequence
 

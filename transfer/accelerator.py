@@ -136,6 +136,7 @@ class Accelerator(ABC):
     budget: int  # bytes, hard
     used: int  # of them, now
     peak: int  # the most ever used
+    torch_device: torch.device  # where torch keeps what the model's modules compute; the CPU for a virtual one
     simulated: bool  # times are modelled, not measured
     compute: Stream  # what the model's own modules run on
 

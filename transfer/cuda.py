@@ -87,7 +87,8 @@ class CudaAccelerator(Accelerator):
     compute: CudaStream
 
     def __init__(self, index: int = 0, budget: int | None = None) -> None:
-        self.index, self._device = index, torch.device("cuda", index)
+        self.index = index
+        self.torch_device = self._device = torch.device("cuda", index)
         self.health = Health(f"cuda:{index}")
         with self.health:
             self.name = torch.cuda.get_device_name(index)

@@ -1,10 +1,11 @@
 """The device memory of the expert cache: slots of one size, in slabs.
 
-A slab is one allocation of several slots. It is the unit in which memory is given back: the KV cache grows into what slabs leave, and
-a device that runs out of memory gets some of them. Slots are numbered through all slabs, so shrinking gives up the last ones.
+A slab is one allocation of several slots. It is the unit in which memory is given back: the KV cache grows into what
+slabs leave, and a device that runs out of memory gets some of them. Slots are numbered through all slabs, so shrinking
+gives up the last ones.
 
-Lifetime: a slot's bytes are rewritten only behind `last_read(slot)`, the event behind the last launch that reads them; the
-copy queue makes its stream wait for it.
+Lifetime: a slot's bytes are rewritten only behind `last_read(slot)`, the event behind the last launch that reads them;
+the copy queue makes its stream wait for it.
 """
 
 from moe_offload.transfer.accelerator import Accelerator, Buffer, Event, OutOfDeviceMemoryError
@@ -88,7 +89,9 @@ class DeviceSlots:
         return left
 
     def shrink(self, slots: int) -> int:
-        """Free slabs until at most `slots` slots are left; returns how many. What reads the freed ones must have passed."""
+        """Free slabs until at most `slots` slots are left; returns how many. What reads the freed ones must have
+        passed.
+        """
         left = self.after_shrinking(slots)
         while len(self._slots) > left:
             slab = self._slabs.pop()

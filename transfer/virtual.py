@@ -17,6 +17,7 @@ of models that do not fit this machine.
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import torch
 
 from moe_offload.transfer.accelerator import (
     Accelerator,
@@ -51,6 +52,7 @@ class VirtualAccelerator(Accelerator):
             raise ValueError(f"a budget of {budget} bytes: {profile.name} has {profile.memory_bytes}, choose fewer")
         self.name = f"virtual {profile.name}"
         self.profile, self.ghost, self.budget = profile, ghost, budget
+        self.torch_device = torch.device("cpu")
         self.used = self.peak = 0
         # seconds of copies in and out, kernels, and work of the host's threads
         self.busy = {"h2d": 0.0, "d2h": 0.0, "compute": 0.0, "host": 0.0}

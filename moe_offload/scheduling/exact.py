@@ -81,7 +81,7 @@ def branch_and_bound(layer: Layer, best: Choice, chosen: Choice, least: float, s
         fetched[below], on_cpu[below] = fetched[depth], on_cpu[depth]
         if on_device:
             first = i == 0 or i == layer.slots or i == layer.coming
-            if not first and not chosen[i - 1] and _no_better(layer, i, i - 1):
+            if not first and not chosen[i - 1] and _alike(layer, i, i - 1):
                 continue
             arrival = layer.ready[i]
             if i >= layer.coming:
@@ -103,7 +103,7 @@ def branch_and_bound(layer: Layer, best: Choice, chosen: Choice, least: float, s
 
 
 @native
-def _no_better(layer: Layer, one: int, other: int) -> bool:
-    same = layer.cpu[one] == layer.cpu[other] and layer.gpu[one] == layer.gpu[other]
-    gains_no_more: bool = layer.value[one] <= layer.value[other]
-    return same and gains_no_more
+def _alike(layer: Layer, one: int, other: int) -> bool:
+    """Neighbours that take the same time; the first is there sooner or saves no less, by the order they are in."""
+    same: bool = layer.cpu[one] == layer.cpu[other] and layer.gpu[one] == layer.gpu[other]
+    return same

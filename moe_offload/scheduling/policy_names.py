@@ -1,3 +1,3 @@
-"""The names of the policies in `policies.py` that need no knowledge of the future, for who must not import compiled code."""
+"""Names of the policies in `policies.py` that a user can choose; imports no compiled code."""
 
 POLICIES = ("ours", "static", "static-offload32", "fiddler", "lru", "tokens", "makespan-greedy", "qstar")

@@ -1,8 +1,8 @@
 """Which experts to copy before anybody asks for them: what the link can carry in time, most seconds saved first.
 
 An expert that is on the device when its layer runs saves what the CPU takes for it more than the device, times the
-probability that it has any token at all. A copy is worth its place in the queue when it can arrive in time and saves more
-than the slot's present content is expected to save over the same stretch.
+probability that it has any token at all. A copy is worth its place in the queue when it can arrive in time and saves
+more than the slot's present content is expected to save over the same stretch.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,8 @@ from moe_offload.scheduling.layer_plan import LayerCosts
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """An expert worth copying. `saves`: expected seconds for its layer's next run; `keep`: for every run from then on."""
+    """An expert worth copying. `saves`: expected seconds for its layer's next run; `keep`: for every run from then on.
+    """
 
     layer: int
     expert: int
@@ -26,7 +27,8 @@ class Candidate:
 def savings(presence: NDArray[np.float64], rows: NDArray[np.float64], costs: LayerCosts) -> NDArray[np.float64]:
     """Seconds that each expert [E] saves per step when it is on the device; never negative.
 
-    presence: probability of at least one token. rows: expected tokens (of all, so rows / presence is that of an active expert).
+    presence: probability of at least one token. rows: expected tokens (of all, so rows / presence is that of an active
+    expert).
     """
     active = np.rint(rows / np.maximum(presence, 1e-9)).astype(np.int64)
     last = len(costs.cpu) - 1
@@ -47,7 +49,8 @@ def choose(
 ) -> list[Candidate]:
     """The absent experts of one layer that are worth a copy, best first: as many as `seconds` of the link carry.
 
-    saved, keep [E]: expected seconds as of `Candidate`. copy: seconds of one copy. least: saving below which a copy is not worth it.
+    saved, keep [E]: expected seconds as of `Candidate`. copy: seconds of one copy. least: saving below which a copy is
+    not worth it.
     """
     most = int(seconds / copy) if copy > 0 else len(saved)
     if most < 1:
