@@ -239,6 +239,13 @@ def test_event_without_a_time() -> None:
         accelerator.compute.record(timed=True).time()
 
 
+def test_an_event_on_an_idle_stream_is_passed_when_it_is_recorded() -> None:
+    accelerator = VirtualAccelerator(plain_profile())
+    accelerator.run_host(lambda: None, Work(nbytes=10))
+    event = accelerator.compute.record(timed=True)
+    assert event.query() and event.time() * 1e6 == pytest.approx(10)
+
+
 def test_timeline_is_of_streams_and_host() -> None:
     accelerator = VirtualAccelerator(plain_profile())
     pipe = Pipe(accelerator)
@@ -312,14 +319,14 @@ def test_a_ghost_has_no_data_and_calls_nothing() -> None:
 
 def test_noise_is_seeded_and_has_the_mean_one() -> None:
     def seconds(seed: int) -> float:
-        accelerator = VirtualAccelerator(plain_profile(jitter=0.1), ghost=True, seed=seed)
+        accelerator = VirtualAccelerator(plain_profile(jitter=0.5), ghost=True, seed=seed)
         for _ in range(2000):
             accelerator.launch(accelerator.compute, nothing, [], [], Work(nbytes=1))
         accelerator.compute.synchronize()
         return accelerator.now()
 
     assert seconds(1) == seconds(1) != seconds(2)
-    assert seconds(1) == pytest.approx(2000e-6, rel=0.02)
+    assert seconds(1) == pytest.approx(2000e-6, rel=0.05)
 
 
 @pytest.mark.parametrize("operations", [0, 1, 7])
@@ -372,6 +379,7 @@ def test_what_a_lost_device_had_not_finished_is_garbage() -> None:
     with pytest.raises(RaceError, match=r"half\[50:100\]: the host reads bytes that nobody has written"):
         targets[1].part(50, 50).host()
     assert (targets[1].host(write=True)[50:] == 0xFF).all()
+    accelerator.free(device)  # nobody is using it
 
 
 def test_budget_shrinks_while_running() -> None:
