@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moe_offload import device_attention
+from moe_offload.attention_layers import attention_layers
 from moe_offload.cpu_kernels.layout import Activation
 from moe_offload.cpu_kernels.packed_layout import ExpertRecord
 from moe_offload.cpu_kernels.team import Team
@@ -251,7 +252,7 @@ class DeviceSide:
         """Put the model's own modules on the device and take its attention under control."""
         if self.accelerator.torch_device.type != "cpu":
             self._modules = DeviceModules(model, self.accelerator.torch_device)
-        layers = device_attention.attention_layers(model)
+        layers = attention_layers(model)
         itemsize = self._dtype.itemsize
         self.attention = AttentionWork(self.accelerator, layers, itemsize)
         device_attention.attach(model, self.attention, team)

@@ -31,7 +31,8 @@ from moe_offload.scheduling.layer_plan import COMING, CPU, FETCH, HOST, SLOT, La
 from moe_offload.scheduling.policies import Policy, plan_static
 from moe_offload.scheduling.prefetch import savings
 from moe_offload.transfer.accelerator import Accelerator, Buffer, Event
-from moe_offload.transfer.copy_queue import CopyQueue, Transfer
+from moe_offload.transfer.copy_orders import Transfer
+from moe_offload.transfer.copy_queue import CopyQueue
 from moe_offload.transfer.device_slots import DeviceSlots
 from moe_offload.transfer.expert_cache import COMING as ON_ITS_WAY
 from moe_offload.transfer.expert_cache import ExpertCache

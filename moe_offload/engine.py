@@ -54,7 +54,7 @@ class LayerCall(NamedTuple):
     """One MoE layer's work, as transformers gives it: T tokens of width H, each routed to K experts."""
 
     layer: CpuLayer | PackedLayer
-    index: int  # among the MoE layers
+    number: int  # among the MoE layers
     module: nn.Module
     hidden_states: torch.Tensor  # [T, H]
     top_k_index: torch.Tensor  # [T, K] int64
@@ -200,7 +200,7 @@ class Engine:
         layer = call.layer
         side = self._device
         if side is not None:
-            out, experts = side.run(call.index, call.module, call.hidden_states, call.top_k_index, call.top_k_weights)
+            out, experts = side.run(call.number, call.module, call.hidden_states, call.top_k_index, call.top_k_weights)
             self.count_step(call.top_k_index.numel(), experts, experts * layer.bytes_per_expert)
             return out
         groups = group_tokens(

@@ -24,6 +24,7 @@ from moe_offload.decode_layer import plain_cache
 from moe_offload.device_side import DeviceSide
 from moe_offload.token_history import begin_history, history_of
 from moe_offload.transfer.accelerator import DeviceError, DeviceLostError, OutOfDeviceMemoryError
+from moe_offload.transfer.cuda_errors import device_error
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,9 @@ class GuardedForward:
                     self._take_back(cache, before)
                 else:
                     self._go_on_without(error, cache, kwargs, before)
-            except DeviceLostError as error:
+            except RuntimeError as error:  # of ours, or of torch's own operations on the device
+                if not isinstance(error, DeviceLostError) and not isinstance(device_error(error), DeviceLostError):
+                    raise
                 self._go_on_without(error, cache, kwargs, before)
         return self._forward(kwargs)
 

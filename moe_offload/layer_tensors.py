@@ -42,7 +42,7 @@ class _Staging(NamedTuple):
     tokens: int
     arena: HostArena
     hidden: Buffer  # f32 [T, H]
-    index: Buffer  # int64 [T, K]
+    choices: Buffer  # int64 [T, K]
     weights: Buffer  # f32 [T, K]
     row_tokens: Buffer  # int64 [R]
     row_weights: Buffer  # f32 [R]
@@ -91,13 +91,13 @@ class LayerTensors:
 
         sent = hidden_states.numel() * 4 + 12 * tokens * top_k
         accelerator.launch(
-            accelerator.compute, export, (), (room.hidden, room.index, room.weights),
+            accelerator.compute, export, (), (room.hidden, room.choices, room.weights),
             Work(link_bytes=sent, rows=(), launches=3), "export",
         )  # fmt: skip
         accelerator.compute.synchronize()
         self._parts, self._module, self._hidden_states = parts, module, hidden_states
         self._groups = groups = group_tokens(
-            _host(room.index, np.int64, tokens, top_k), _host(room.weights, np.float32, tokens, top_k),
+            _host(room.choices, np.int64, tokens, top_k), _host(room.weights, np.float32, tokens, top_k),
             parts.num_experts,
         )  # fmt: skip
         rows = len(groups.tokens)
@@ -192,7 +192,8 @@ def _host(buffer: Buffer, dtype: Any, *shape: int, write: bool = False) -> NDArr
     count = int(np.prod(shape)) * np.dtype(dtype).itemsize
     if not count:
         return np.empty(shape, dtype)
-    return buffer.part(0, count).host(write=write).view(dtype).reshape(shape)
+    found: NDArray[Any] = buffer.part(0, count).host(write=write).view(dtype).reshape(shape)
+    return found
 
 
 def _write(target: torch.Tensor, value: torch.Tensor) -> None:

@@ -15,7 +15,7 @@ _DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 
 def stored_record(weights: ExpertWeights) -> ExpertRecord | None:
     """The record of one of these experts; None where no record holds their format."""
-    if weights.format not in _DTYPES:
+    if weights.format == "fp8" or weights.format == "mxfp4":
         return None
     return ExpertRecord(
         weights.hidden_size, weights.intermediate_size, weights.format, weights.gate is not None,

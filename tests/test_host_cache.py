@@ -57,7 +57,8 @@ OPERATIONS = st.one_of(
 @settings(max_examples=120, deadline=None)
 @given(st.lists(OPERATIONS, max_size=12))
 def test_a_host_cache_does_what_a_plain_one_does(operations: list[tuple[str, int]]) -> None:
-    found, plain, batch, olds = DynamicCache(), DynamicCache(), 2, []
+    olds: list[Any] = []
+    found, plain, batch = DynamicCache(), DynamicCache(), 2
     place_layers(found, [True] * LAYERS)
     for number, (name, value) in enumerate([("update", 3), *operations]):
         length = plain.get_seq_length()

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from moe_offload.transfer.accelerator import NOTHING, Buffer, Event, Stream, Work
-from moe_offload.transfer.copy_orders import CopyCounts, Order
-from moe_offload.transfer.copy_queue import CopyQueue, Transfer
+from moe_offload.transfer.copy_orders import CopyCounts, Order, Transfer
+from moe_offload.transfer.copy_queue import CopyQueue
 from moe_offload.transfer.link_rate import LinkRate
 from moe_offload.transfer.server_profile import ServerProfile, find_profile
 from moe_offload.transfer.virtual import VirtualAccelerator
