@@ -159,6 +159,7 @@ class DeviceSide:
         self._account = _ModelWork(accelerator, self._dense_bytes, len(layers))
         if self.policy.placement != "empty":
             self._fill(self.policy.placement == "static", progress)
+        self._read_ahead()
 
     @property
     def cache(self) -> ExpertCache:
@@ -194,6 +195,19 @@ class DeviceSide:
             if progress is not None:
                 progress("copying experts to the device", done, total)
         self.dispatcher.finish_filling(pin=static)
+
+    def _read_ahead(self) -> None:
+        """Have the other experts read into host memory, as far as there is room: behind the user's back, but for a
+        simulation, whose clock knows no disk.
+        """
+        layers, experts = len(self._layers), self._layers[0].cpu.num_experts
+        keys = [(layer, expert) for expert in range(experts) for layer in range(layers)]
+        keys = [(layer, expert) for layer, expert in keys if self.cache.slot_of(layer)[expert] < 0]
+        if self.accelerator.simulated:
+            for layer, expert in keys[: self.store.capacity]:
+                self.store.get(layer, expert)
+        else:
+            self.store.read_ahead(keys)
 
     def run(
         self,

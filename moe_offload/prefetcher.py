@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from moe_offload.dispatcher import Parts
 
 HORIZON = 3  # layers
+READ_AHEAD = 8  # experts of a layer at once, from disk
 PACE = 0.3  # how much the newest interval between layers counts
 LATER_STEPS = 0.0  # that a fetched expert's further use is valued for
 DISTINCTLY = 1.15  # times the worth of what is evicted, where an expert is to stay
@@ -81,6 +82,7 @@ class Prefetcher:
             free += pace
         self._keep(layer, tokens, free, prefetch)
         queue.feed(pace)
+        self._read_ahead((layer + 1) % self._layers, tokens, copy)
 
     def _expect(self, layer: int, tokens: int, *, anew: bool = False) -> NDArray[np.float64]:
         saved = self._saved[layer]
@@ -124,6 +126,15 @@ class Prefetcher:
                 self._floor = max(self._floor, candidate.keep / DISTINCTLY)
                 return
         self._floor *= 0.9
+
+    def _read_ahead(self, layer: int, tokens: int, copy: float) -> None:
+        """Have experts of a layer read from disk that would be worth a copy, were they in host memory."""
+        records = self._parts.records
+        here = records.is_here(layer)
+        if not here.all():
+            wanted = ~here & (self._parts.cache.slot_of(layer) < 0)
+            best = choose(layer, saved := self._expect(layer, tokens), saved, wanted, READ_AHEAD, 1, LEAST_SHARE * copy)
+            records.read_ahead([(layer, candidate.expert) for candidate in best])
 
     def _absent(self, layer: int) -> NDArray[np.bool_]:
         return np.asarray((self._parts.cache.slot_of(layer) < 0) & self._parts.records.is_here(layer))
