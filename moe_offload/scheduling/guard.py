@@ -25,7 +25,7 @@ _RECENT = 32  # steps behind a median of the mode in use
 _POOL = 64  # ratios of trials that are remembered
 _SHARE = 0.012  # of the time, for trials
 _NOISE = (0.02, 0.5)  # bounds of the relative noise that is believed
-_CLEAR = 2.5  # standard errors
+_CLEAR = 2.0  # standard errors
 _CERTAIN = 4.0  # standard errors, where the question is asked at every step
 _WAIT = (32, 2048)  # steps between trials
 _AT_EASE = 256  # the fewest steps between trials after some with the same outcome
@@ -200,7 +200,7 @@ class _Bucket:
 
     def _take(self, mode: Mode) -> None:
         self.used = mode
-        self._ratios = deque((-ratio for ratio in self._ratios), maxlen=_POOL)
+        self._ratios.clear()
         self._trials = 0
         self._warm_up = 0
         self._calm = median(self._recent[mode])

@@ -168,3 +168,18 @@ def test_the_same_times_give_the_same_run() -> None:
         return [*found, guard.verdicts()]
 
     assert modes() == modes()
+
+
+@pytest.mark.parametrize("dynamic", [0.9, 0.95, 1.1])
+def test_times_that_scatter_by_a_third_do_not_mislead_it(dynamic: float) -> None:
+    losses = [run(ratio(dynamic), seed, noise=0.3)[0] for seed in range(12)]
+    assert sum(losses) / len(losses) < 0.02
+
+
+def test_a_hiccup_does_not_end_a_trial() -> None:
+    guard, tried = Guard(), 0
+    for _ in range(40):
+        mode = guard.mode(1)
+        tried += mode == "static"
+        guard.record(1, mode, 1.0 if mode == "dynamic" else 50.0 if tried == 4 else 0.8)
+    assert guard.mode(1) == "static"
