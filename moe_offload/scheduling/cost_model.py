@@ -35,8 +35,8 @@ class _Kind:
 class CostModel:
     """Seconds of experts by rows on either device, and of copies between them.
 
-    latency, bytes_per_second: the link. cpu_start, gpu_start: starting a job of any size on either, up to the wait for
-    its end. join: bringing the CPU's share of an output to the device.
+    latency, bytes_per_second: the link. cpu_start, gpu_start: a job of any size on either, beyond its experts; waiting
+    for the device is not in it. join: bringing the CPU's share of an output to the device.
     """
 
     def __init__(
