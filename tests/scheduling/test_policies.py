@@ -68,7 +68,7 @@ def test_those_with_most_rows_get_what_room_there_is(name: str) -> None:
 
 @pytest.mark.parametrize("name", POLICIES)
 @given(case=layers(most=12))
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 def test_every_policy_makes_plans(name: str, case: tuple[LayerState, LayerCosts]) -> None:
     check(*case, find_policy(name).planner(*case))
 
