@@ -118,6 +118,7 @@ class Dispatcher:
     def _begin_step(self, tokens: int) -> None:
         """A forward pass begins."""
         self.end_step()
+        self._learn_link()
         self.step += 1
         self._tokens = self._last_tokens = tokens
         self._step_started = self.parts.accelerator.now()
@@ -384,6 +385,11 @@ class Dispatcher:
         for key, event in self.parts.queue.arrivals():
             self.parts.cache.arrived(self._slot_of_key.pop(key))
             self.parts.records.release(*key, event)
+
+    def _learn_link(self) -> None:
+        queue, nbytes = self.parts.queue, max(self.parts.record_bytes)
+        if queue.measured:
+            self.parts.costs.observe_copy(nbytes, nbytes / (queue.bandwidth * 1e9))
 
     def _learn_stalls(self, host_idle: float) -> None:
         """The CPU's share ended at `host_idle`: from then on a device that waits for copies is waited for."""
