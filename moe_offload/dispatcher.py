@@ -36,6 +36,7 @@ from moe_offload.transfer.copy_queue import CopyQueue
 from moe_offload.transfer.device_slots import DeviceSlots
 from moe_offload.transfer.expert_cache import COMING as ON_ITS_WAY
 from moe_offload.transfer.expert_cache import ExpertCache
+from moe_offload.transfer.expert_store import HostMemoryFullError
 
 NOT_FETCHABLE = -1e9  # seconds: the value of fetching what is on disk only, for planners that weigh
 
@@ -110,6 +111,7 @@ class Dispatcher:
         self._layer = -1
         self._slot_of_key: dict[tuple[int, int], int] = {}  # of copies on their way
         self._pending: deque[_Pending] = deque()
+        self._unfinished = False  # a layer was begun and did not end
         self._stalls: list[tuple[Event, Event]] = []  # of the device, for copies, in this layer
         self._unknown_stalls: deque[tuple[Event, Event, float]] = deque()  # and when the host had nothing else to do
 
@@ -163,6 +165,8 @@ class Dispatcher:
 
     def resize(self, slots: int) -> None:
         """Have at most `slots` slots, or as many more as fit. Waits for the device."""
+        if self._unfinished:
+            self._mend()
         self.cancel_prefetches()
         self._drain()
         self.parts.accelerator.compute.synchronize()
@@ -195,6 +199,21 @@ class Dispatcher:
                 event.synchronize()
         self._note_arrivals()
 
+    def _mend(self) -> None:
+        """A layer ended half way, by an error or Ctrl-C: what is on its way arrives, what was never begun is undone."""
+        parts = self.parts
+        for key in [key for key in self._slot_of_key if key not in parts.queue]:
+            parts.records.release(*key)
+            del self._slot_of_key[key]
+        self.cancel_prefetches()
+        self._drain()
+        parts.accelerator.compute.synchronize()
+        for slot in range(parts.cache.slots):
+            if parts.cache.state_of(slot) == ON_ITS_WAY:
+                parts.cache.abandon(slot)
+        self._stalls.clear()
+        self._unfinished = False
+
     # A layer
 
     def run(
@@ -204,6 +223,9 @@ class Dispatcher:
 
         When it returns everything is enqueued and the CPU's share is done.
         """
+        if self._unfinished:
+            self._mend()
+        self._unfinished = True
         if self._tokens == 0 or layer <= self._layer:
             self._begin_step(tokens)
         self._layer = layer
@@ -235,6 +257,7 @@ class Dispatcher:
             layer, LayerTimes(began, planned, enqueued, ahead, done, clock()), plan.action, rows, cpu,
             parts.cache.slot_of(layer),
         )  # fmt: skip
+        self._unfinished = False
 
     def _state(
         self, layer: int, experts: NDArray[np.int32], rows: NDArray[np.int64], tokens: int, slots: NDArray[np.int32]
@@ -290,9 +313,9 @@ class Dispatcher:
             before = self.parts.accelerator.compute.record(timed=True)
             for position in group:
                 arriving.popleft()
-                event = self.parts.queue.ready((layer, int(experts[position])))
-                assert event is not None
-                self.parts.accelerator.compute.wait(event)
+                event = self._copy_event(layer, int(experts[position]))
+                if event is not None:
+                    self.parts.accelerator.compute.wait(event)
             self._stalls.append((before, self.parts.accelerator.compute.record(timed=True)))
             self._launch(layer, state, group, slot_of, protected, work)
             self._fetch(layer, experts, waiting, slot_of, protected)
@@ -312,7 +335,8 @@ class Dispatcher:
             expert = int(experts[waiting[0]])
             if slot_of[waiting[0]] >= 0:  # prefetched, but not submitted yet
                 protected.add(slot_of[waiting.popleft()])
-                self.parts.queue.promote((layer, expert))
+                if (layer, expert) in self.parts.queue:
+                    self.parts.queue.promote((layer, expert))
             else:
                 placement = self.parts.cache.place(layer, expert, protected=protected)
                 if placement is None:
@@ -321,9 +345,9 @@ class Dispatcher:
                 protected.add(placement.slot)
                 self.parts.queue.fetch(self._transfer(layer, expert, placement.slot))
             if not self.overlap:
-                event = self.parts.queue.ready((layer, expert))
-                assert event is not None
-                event.synchronize()
+                event = self._copy_event(layer, expert)
+                if event is not None:
+                    event.synchronize()
 
     def _launch(
         self,
@@ -351,12 +375,50 @@ class Dispatcher:
 
     def _transfer(self, layer: int, expert: int, slot: int) -> Transfer[tuple[int, int]]:
         key = (layer, expert)
+        try:
+            record = self._hold(layer, expert)
+        except BaseException:
+            self.parts.cache.abandon(slot)
+            raise
         self._slot_of_key[key] = slot
         size = self.parts.record_bytes[layer]
         return Transfer(
-            key, self.parts.records.hold(layer, expert), self.parts.slots.buffer(slot).part(0, size),
-            self.parts.slots.last_read(slot),
+            key, record, self.parts.slots.buffer(slot).part(0, size), self.parts.slots.last_read(slot)
         )  # fmt: skip
+
+    def _hold(self, layer: int, expert: int) -> Buffer:
+        """The record, in host memory until its copy is over. Where all there are are held by copies, some end first."""
+        while True:
+            try:
+                return self.parts.records.hold(layer, expert)
+            except HostMemoryFullError:
+                if not self._end_a_copy(layer):
+                    raise
+
+    def _end_a_copy(self, layer: int) -> bool:
+        """Call off a copy for another layer that waits, or wait for one that is on its way; False where there is none."""
+        queue = self.parts.queue
+        for key in queue.waiting:
+            if key[0] != layer:
+                self._call_off(key)
+                return True
+        for key in self._slot_of_key:
+            event = queue.ready(key)
+            if event is not None:
+                event.synchronize()
+                self._note_arrivals()
+                return True
+        for key in self._slot_of_key:  # prefetched for this layer: wanted, or soon
+            queue.promote(key)
+            return True
+        return False
+
+    def _copy_event(self, layer: int, expert: int) -> Event | None:
+        """The event behind a copy that was submitted; None where it has arrived: the compute stream knows."""
+        queue, key = self.parts.queue, (layer, expert)
+        event = queue.ready(key) if key in queue else None
+        assert event is not None or key not in queue
+        return event
 
     def _prefetch(self, layer: int, expert: int, priority: float, better_than: float | None) -> int | None:
         """Let an expert be copied when the link has time; its slot, or None where no slot is worth less."""
