@@ -37,6 +37,7 @@ from moe_offload.memory import format_bytes
 from moe_offload.models.errors import NotEnoughMemoryError
 from moe_offload.models.skeleton import Skeleton
 from moe_offload.options import Options, Progress
+from moe_offload.scheduling import arrangement, planner
 from moe_offload.scheduling.forecast import Popularity
 from moe_offload.scheduling.guard import Guard
 from moe_offload.scheduling.policies import find_policy
@@ -156,6 +157,7 @@ class DeviceSide:
         parts = Parts(accelerator, self.slots, cache, self.queue, self.store, self.costs, kinds, record_bytes, forecast)
         self.guard = Guard() if self.policy.prefetch else None
         self.dispatcher = Dispatcher(parts, self.policy, self.guard, overlap=options.overlap)
+        compile_planners(progress)
         self._account = _ModelWork(accelerator, self._dense_bytes, len(layers))
         if self.policy.placement != "empty":
             self._fill(self.policy.placement == "static", progress)
@@ -309,6 +311,15 @@ class DeviceSide:
             self.queue.close()
             self.store.close()
             self.accelerator.close()
+
+
+def compile_planners(progress: Progress | None) -> None:
+    """Compile the scheduler's code, or load it from the cache, before the first layer asks for it."""
+    parts = (*arrangement.COMPILED, *planner.COMPILED)
+    for done, part in enumerate(parts):
+        if progress is not None:
+            progress("compiling kernels (scheduler)", done, len(parts))
+        part.load()
 
 
 class _ModelWork:

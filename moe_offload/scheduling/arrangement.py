@@ -200,6 +200,9 @@ def _arrange(
     return seconds, ran, fetched
 
 
+COMPILED = (_arrange,)
+
+
 def arguments(state: LayerState, costs: LayerCosts) -> tuple[Any, ...]:
     """The fields in the order of ARGUMENTS."""
     return (

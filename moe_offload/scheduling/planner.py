@@ -182,6 +182,9 @@ def _plan(
     return seconds, ran, fetched
 
 
+COMPILED = (_plan,)
+
+
 def plan_makespan(state: LayerState, costs: LayerCosts) -> LayerPlan:
     """The plan with the least makespan, less what fetched experts save later, that was found."""
     active = len(state.rows)
