@@ -396,7 +396,7 @@ class Dispatcher:
                     raise
 
     def _end_a_copy(self, layer: int) -> bool:
-        """Call off a copy for another layer that waits, or wait for one that is on its way; False where there is none."""
+        """Call off a copy for another layer that waits, or wait for one on its way; False where there is none."""
         queue = self.parts.queue
         for key in queue.waiting:
             if key[0] != layer:
@@ -415,9 +415,11 @@ class Dispatcher:
 
     def _copy_event(self, layer: int, expert: int) -> Event | None:
         """The event behind a copy that was submitted; None where it has arrived: the compute stream knows."""
-        queue, key = self.parts.queue, (layer, expert)
-        event = queue.ready(key) if key in queue else None
-        assert event is not None or key not in queue
+        key = layer, expert
+        if key not in self.parts.queue:
+            return None
+        event = self.parts.queue.ready(key)
+        assert event is not None
         return event
 
     def _prefetch(self, layer: int, expert: int, priority: float, better_than: float | None) -> int | None:
