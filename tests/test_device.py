@@ -77,7 +77,7 @@ def test_pipeline(folder: Path, model: PreTrainedModel) -> None:
 
 def test_assisted_by_a_model_on_another_device(folder: Path, model: PreTrainedModel, checkpoint: Checkpoints) -> None:
     ids = tiny_models.token_ids(1, 8)
-    with on_device(folder, 4, device="virtual:t4", policy="lru") as second:
+    with on_device(folder, 4, device="virtual:tiny-t4", policy="lru") as second:
         assert generate(model, ids, assistant_model=second) == expected(folder, ids)
         assert generate(second, ids, assistant_model=on_cpu(folder)) == expected(folder, ids)
         assert generate(model, ids) == expected(folder, ids)
