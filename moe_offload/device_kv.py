@@ -137,9 +137,10 @@ class SlotBook:
         return self._side.dispatcher.slot_worth()[self._least :]
 
     def resize(self, count: int) -> None:
-        """Have so many. OutOfDeviceMemoryError: there are fewer."""
+        """Have so many, or some fewer where slabs go whole. OutOfDeviceMemoryError: there is no memory for more."""
+        before = self.count
         self._side.resize(count + self._least)
-        if self.count < count:
+        if before < count > self.count:
             raise OutOfDeviceMemoryError(f"{self.count} of {count} expert slots fit")
 
 

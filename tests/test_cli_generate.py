@@ -96,7 +96,7 @@ def test_json_has_everything(run: Run, folder: Path) -> None:
     assert code == 0 and err == ""
     assert list(result) == [
         "model", "prompt_tokens", "new_tokens", "text", "finish_reason", "seed", "ttft_s", "prefill_tokens_per_s",
-        "decode_tokens_per_s", "expert_gb_per_s", "expert_bytes_read", "load_s", "threads", "weights",
+        "decode_tokens_per_s", "expert_gb_per_s", "expert_bytes_read", "load_s", "threads", "weights", "device",
     ]  # fmt: skip
     assert result["model"] == str(folder)
     assert (result["prompt_tokens"], result["new_tokens"]) == (5, 5)
