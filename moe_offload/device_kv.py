@@ -1,7 +1,8 @@
 """Attention of a model with a device, as the scheduler sees it: what it costs on either side, and what it did cost.
 
-Decode attention reads the keys and values once, so it is a rate of bytes and a start on either side. Both come from the
-accelerator at first (a virtual one knows its server, a real one is measured in use) and follow what is measured.
+Decode attention reads the keys and values once, so it is a rate of bytes and a start on either side. At first a share of
+what either memory gives, which is measured at once (a virtual accelerator's clock is asked); on the host then what the
+kernel reaches in use.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from moe_offload.attention_layers import AttentionLayer
+from moe_offload.cpu_kernels.bandwidth import measure_read_bandwidth
+from moe_offload.cpu_kernels.team import Team
 from moe_offload.device_attention import AttentionObserver
 from moe_offload.transfer.accelerator import Accelerator, OutOfDeviceMemoryError, Work
 
@@ -21,24 +24,28 @@ if TYPE_CHECKING:
 
 _RECENT = 31  # measurements that a rate is the median of
 _LEAST_BYTES = 1 << 20  # of keys and values: below, the start is what is measured
-# Until something was measured: bytes per second, and seconds that attention of any length takes.
-_HOST_RATE, _HOST_START = 20e9, 100e-6
-_DEVICE_RATE, _DEVICE_START = 200e9, 30e-6
+_SHARE = 0.5  # of a memory's rate that decode attention reaches, until it is known
+_PROBE = 64 << 20  # bytes
 
 
 class AttentionWork(AttentionObserver):
     """Implements `AttentionObserver` and `kv_placement.AttentionCosts`."""
 
-    def __init__(self, accelerator: Accelerator, layers: tuple[AttentionLayer, ...], itemsize: int) -> None:
+    def __init__(
+        self, accelerator: Accelerator, layers: tuple[AttentionLayer, ...], itemsize: int, team: Team
+    ) -> None:
         self._accelerator = accelerator
         self._width = {layer.index: layer.width * itemsize for layer in layers}
-        self._rate = {True: _HOST_RATE, False: _DEVICE_RATE}  # by whether it is the host's
-        self._start = {True: _HOST_START, False: _DEVICE_START}
+        # By whether it is the host's: bytes per second, and seconds that attention of any length takes.
+        self._rate = {True: 1.0, False: 1.0}
+        self._start = {True: 0.0, False: 0.0}
         self._seen: dict[bool, list[float]] = {True: [], False: []}
         self.host_calls = self.device_calls = 0
         self.host_seconds = 0.0
         if accelerator.simulated:
             self._ask_the_clock()
+        else:
+            self._measure(team)
 
     def attended(
         self, layer_idx: int, on_host: bool, batch: int, queries: int, length: int,
@@ -94,6 +101,23 @@ class AttentionWork(AttentionObserver):
         seen.append(nbytes / max(seconds - self._start[True], 0.1 * seconds))
         del seen[:-_RECENT]
         self._rate[True] = median(seen)
+
+    def _measure(self, team: Team) -> None:
+        """A share of what the memories give, and what a launch and a wait take."""
+        accelerator, compute = self._accelerator, self._accelerator.compute
+        self._rate[True] = _SHARE * measure_read_bandwidth(team, seconds=0.1) * 1e9
+        probe = torch.zeros(_PROBE // 4, device=accelerator.torch_device)
+        for _ in range(3):  # the first one finds its kernel
+            start = compute.record(timed=True)
+            probe.sum()
+            end = compute.record(timed=True)
+            end.synchronize()
+            self._rate[False] = _SHARE * _PROBE / max(end.time() - start.time(), 1e-9)
+        began = accelerator.now()
+        probe[:1].sum()
+        compute.synchronize()
+        self._start[True] = self._start[False] = accelerator.now() - began
+        self._start[True] *= 2  # queries come over, and the result goes back
 
     def _ask_the_clock(self) -> None:
         """A virtual accelerator's own clock says what both sides take, without any work done."""

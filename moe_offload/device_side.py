@@ -270,7 +270,7 @@ class DeviceSide:
             self._modules = DeviceModules(model, self.accelerator.torch_device)
         layers = attention_layers(model)
         itemsize = self._dtype.itemsize
-        self.attention = AttentionWork(self.accelerator, layers, itemsize)
+        self.attention = AttentionWork(self.accelerator, layers, itemsize, team)
         device_attention.attach(model, self.attention, team)
         self.placement = KvPlacement(self.accelerator, layers, self.attention, SlotBook(self, LEAST_SLOTS), itemsize)
         obstacles = sorted({layer.obstacle for layer in layers if layer.obstacle})
