@@ -1,8 +1,8 @@
 """Attention of a model with a device, as the scheduler sees it: what it costs on either side, and what it did cost.
 
-Decode attention reads the keys and values once, so it is a rate of bytes and a start on either side. At first a share of
-what either memory gives, which is measured at once (a virtual accelerator's clock is asked); on the host then what the
-kernel reaches in use.
+Decode attention reads the keys and values once, so it is a rate of bytes and a start on either side. At first a share
+of what either memory gives, which is measured at once (a virtual accelerator's clock is asked); on the host then what
+the kernel reaches in use.
 """
 
 from collections.abc import Callable
@@ -31,9 +31,7 @@ _PROBE = 64 << 20  # bytes
 class AttentionWork(AttentionObserver):
     """Implements `AttentionObserver` and `kv_placement.AttentionCosts`."""
 
-    def __init__(
-        self, accelerator: Accelerator, layers: tuple[AttentionLayer, ...], itemsize: int, team: Team
-    ) -> None:
+    def __init__(self, accelerator: Accelerator, layers: tuple[AttentionLayer, ...], itemsize: int, team: Team) -> None:
         self._accelerator = accelerator
         self._width = {layer.index: layer.width * itemsize for layer in layers}
         # By whether it is the host's: bytes per second, and seconds that attention of any length takes.
@@ -105,7 +103,7 @@ class AttentionWork(AttentionObserver):
     def _measure(self, team: Team) -> None:
         """A share of what the memories give, and what a launch and a wait take."""
         accelerator, compute = self._accelerator, self._accelerator.compute
-        self._rate[True] = _SHARE * measure_read_bandwidth(team, seconds=0.1) * 1e9
+        self._rate[True] = _SHARE * measure_read_bandwidth(team, 256, 0.1) * 1e9
         probe = torch.zeros(_PROBE // 4, device=accelerator.torch_device)
         for _ in range(3):  # the first one finds its kernel
             start = compute.record(timed=True)
