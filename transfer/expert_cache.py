@@ -208,8 +208,7 @@ class ExpertCache:
         for slot in gone:
             if self._state[slot] != EMPTY:
                 self._take_away(slot)
-        self._empty = [slot for slot in self._empty if slot < slots]
-        heapq.heapify(self._empty)
+        self._empty = sorted(slot for slot in self._empty if slot < slots)
         self._resize(slots)
         return gone
 

@@ -328,23 +328,24 @@ def test_arrivals_are_told_once_and_only_when_they_are_there(ghosts: Bench) -> N
 
 
 @pytest.mark.parametrize("profile", ["gtx1080ti", "t4", "a100"])
-def test_bandwidth_is_that_of_the_link(profile: str) -> None:
-    bench = Bench([6 * MIB] * 30, ghost=True, chunk=4 * MIB, profile=profile)
+@pytest.mark.parametrize("way", ["idle", "busy", "held up"])
+def test_bandwidth_is_that_of_the_link(profile: str, way: str) -> None:
+    """However long the link stands still between copies, or before one that waits for a reader."""
+    bench = Bench([6 * MIB] * 10, ghost=True, chunk=3 * MIB, profile=profile)
     assert not bench.queue.measured and bench.queue.bandwidth == 10.0
-    for number in range(10):  # on an idle link, behind others, and after a kernel
-        bench.queue.fetch(bench.transfer(number))
-        bench.sleep(0.01)
-    for number in range(10, 20):
-        bench.queue.fetch(bench.transfer(number))
-    for number in range(20, 30):
-        bench.queue.fetch(bench.transfer(number, bench.long_read(number)))
+    for number in range(10):
+        bench.queue.fetch(bench.transfer(number, bench.long_read(number) if way == "held up" else None))
+        if way == "idle":
+            bench.sleep(0.01)
     bench.sleep(1.0)
-    assert len(bench.queue.arrivals()) == 30
+    assert len(bench.queue.arrivals()) == 10
     chunk = 3 * MIB
-    reached = chunk / find_profile(profile).copy_seconds(chunk) / 1e9
-    assert bench.queue.measured and bench.queue.bandwidth == pytest.approx(reached, rel=0.01)
-    if reached < 20:  # on faster links a copy's latency takes more than that of so short a chunk
-        assert bench.queue.bandwidth == pytest.approx(find_profile(profile).link_gbs, rel=0.05)
+    server = find_profile(profile)
+    # on an idle link the call itself counts, too
+    seconds = server.copy_seconds(chunk) + (server.launch_seconds if way == "idle" else 0.0)
+    assert bench.queue.measured and bench.queue.bandwidth == pytest.approx(chunk / seconds / 1e9, rel=0.01)
+    if way != "idle" and profile != "a100":  # where a copy's latency takes more of so short a chunk
+        assert bench.queue.bandwidth == pytest.approx(server.link_gbs, rel=0.05)
 
 
 def test_bandwidth_follows_a_link_that_changes() -> None:
@@ -373,6 +374,12 @@ def test_it_knows_when_a_record_will_be_there(ghosts: Bench) -> None:
         if_promoted = ghosts.queue.backlog() + 8 * MIB / (ghosts.queue.bandwidth * 1e9)
         assert ghosts.queue.ready_in(20) == pytest.approx(if_promoted, rel=0.01)
         ghosts.sleep(0.7 * CHUNK_SECONDS)
+
+
+def test_a_copy_that_is_held_up_counts_as_backlog(ghosts: Bench) -> None:
+    ghosts.queue.fetch(ghosts.transfer(0, ghosts.long_read(0)))
+    ghosts.sleep(0.008)
+    assert ghosts.queue.backlog() > 0.9 * CHUNK_SECONDS  # of two chunks at least the second
 
 
 def test_what_may_not_be(ghosts: Bench) -> None:
@@ -429,7 +436,7 @@ def test_the_rate_is_a_median_by_bytes() -> None:
     rate.add(100, 10.0)
     assert rate.value == 10.0  # one long copy against five short ones
     rate.add(100, 1000.0)  # a hiccup
-    rate.add(100, 10.0)
+    rate.add(100, 0.01)
     assert rate.value == 10.0 and rate.samples == 8
     for _ in range(8):
         rate.add(100, 50.0)
@@ -550,7 +557,7 @@ class QueueMachine(RuleBasedStateMachine):
         assert counts.fetches + counts.prefetches - counts.cancellations >= len(self.under_way)
         assert set(self.queue.waiting) <= set(self.under_way) - self.urgent
         assert counts.cancelled <= counts.prefetched
-        assert 0 <= self.queue.backlog() < 1e-2
+        assert self.queue.backlog() >= 0
 
     def teardown(self) -> None:
         if not hasattr(self, "queue"):
@@ -559,7 +566,7 @@ class QueueMachine(RuleBasedStateMachine):
         self.queue.feed(1e9)
         self.bench.sleep(1.0)
         self.arrive()
-        assert not self.under_way
+        assert not self.under_way and self.queue.backlog() == 0
         counts = self.queue.counts()
         assert counts.on_demand + counts.prefetched == self.bench.accelerator.copied
         self.queue.close()
@@ -568,5 +575,5 @@ class QueueMachine(RuleBasedStateMachine):
 
 TestQueueMachine = QueueMachine.TestCase
 TestQueueMachine.settings = settings(
-    max_examples=80, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )

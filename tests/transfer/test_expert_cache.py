@@ -294,6 +294,16 @@ def test_lru_takes_the_one_that_was_not_wanted_for_longest() -> None:
     assert evicted(filled("lru", [(0, 0), (0, 1), (1, 2), (0, 0)]), 0, 3) == (0, 1)
 
 
+@pytest.mark.parametrize("name", ["lru", "least-stale"])
+def test_what_was_just_filled_is_recent(name: str) -> None:
+    cache = filled(name, [(0, 0), (0, 1)], slots=2)
+    cache.lookup(0, np.zeros(0, np.int32), 2)
+    cache.evict(0)
+    cache.place(0, 2, prefetch=True)
+    cache.arrived(0)
+    assert evicted(cache, 0, 3) == (0, 1)
+
+
 def test_lfu_takes_the_one_that_was_wanted_least_often() -> None:
     cache = filled("lfu", [(0, 0), (0, 0), (1, 2), (1, 2), (0, 1)])
     assert evicted(cache, 0, 3) == (0, 1)
@@ -335,6 +345,37 @@ def test_least_stale_takes_from_the_layer_that_just_ran() -> None:
     assert evicted(cache, 0, 3) == (0, 0)  # layer 0 ran last, and of its experts 2 is fresher
     cache = filled("least-stale", [(0, 0), (1, 1), (0, 2), (1, 1)])
     assert evicted(cache, 0, 3) == (1, 1)
+
+
+def test_least_stale_scores_by_the_way_to_the_next_turn() -> None:
+    cache = filled("least-stale", [(0, 0), (1, 1)])
+    assert [cache.score(slot) for slot in (0, 1)] == [0.0, -1.0]
+    assert evicted(cache, 0, 3) is None  # the third slot
+    assert cache.place(0, 2, better_than=-1.0) is None
+    assert evicted(cache, 0, 2, better_than=-0.5) == (1, 1)
+
+
+def test_a_layer_at_its_budget_takes_from_itself() -> None:
+    cache = ExpertCache(2, [4, 4], 4, make_eviction("lru"), [2, 4])
+    for slot, (layer, expert) in enumerate([(1, 0), (0, 0), (0, 1)]):
+        cache.place(layer, expert)
+        cache.arrived(slot)
+    assert cache.room(0) == 2 and cache.room(0, [1, 2]) == 0
+    assert cache.place(0, 2, protected=[1, 2]) is None
+    assert cache.place(0, 2) == Placement(1, (0, 0))
+    assert cache.place(1, 1) == Placement(3, None)
+    cache.check_integrity()
+
+
+def test_a_prefetch_that_is_called_off_leaves_nothing() -> None:
+    cache = filled("lru", [(0, 0)])
+    before = cache.total()
+    given = cache.place(1, 2, prefetch=True)
+    assert given is not None
+    cache.abandon(given.slot)
+    cache.check_integrity()
+    assert cache.slot_of(1).tolist() == [-1] * 4
+    assert cache.total() - before == CacheCounters(prefetches=1, wasted=1)
 
 
 def test_score_takes_the_least_benefit_and_breaks_ties_by_distance() -> None:
@@ -394,10 +435,11 @@ def test_counters_of_a_while() -> None:
     cache.lookup(0, np.array([0, 1], np.int32), 0)
     before = cache.total()
     cache.place(1, 3, prefetch=True)
-    cache.arrived(0)
     cache.lookup(1, np.array([3], np.int32), 0)
-    assert cache.total() - before == CacheCounters(hits=1, prefetches=1, nbytes=9)
-    assert cache.total().hit_rate == 1 / 3
+    cache.arrived(0)
+    cache.lookup(1, np.array([3], np.int32), 1)
+    assert cache.total() - before == CacheCounters(hits=1, coming_hits=1, prefetches=1, nbytes=9)
+    assert cache.total().hit_rate == 0.5
     assert cache.counters(1).hit_rate == 1.0
 
 
