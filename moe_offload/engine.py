@@ -233,7 +233,7 @@ class Engine:
         return None if side is None else side.stats()
 
     def record_timeline(self) -> None:
-        """Write down from now on what the device and the host do, for `write_timeline`. Does nothing without a device."""
+        """Write down from now on what the device and the host do, for `write_timeline`; nothing without a device."""
         side = self._device
         if side is not None:
             side.accelerator.keep_timeline(True)
