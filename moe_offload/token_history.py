@@ -24,6 +24,7 @@ class TokenHistory:
         self.ids: torch.Tensor | None = None
         self.positions: torch.Tensor | None = None
         self.complete = True  # False: something went in that was not seen as tokens
+        self.filled = True  # False: the cache was emptied, and these tokens are to go in again
         self.device = device
 
     def append(self, ids: torch.Tensor, positions: torch.Tensor | None) -> None:
