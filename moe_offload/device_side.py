@@ -115,7 +115,8 @@ class DeviceSide:
         self._modules: DeviceModules | None = None
         self.wait_seconds = 0.0  # of the host, for the router's answer
         self.policy = find_policy(options.policy)
-        self._lock = threading.RLock()
+        self.turn = threading.RLock()  # whose forward it is; taken before the next
+        self._lock = threading.RLock()  # whose layer, or memory
         self._layers = layers
         spec = skeleton.spec
         self._dense_bytes = device_bytes(model)
@@ -279,12 +280,14 @@ class DeviceSide:
 
     def detach(self, model: PreTrainedModel) -> None:
         """Inverse of `attach`; harmless without one."""
-        if self.placement is not None:
-            self.placement.close()
-            self.placement = None
-        device_attention.detach(model)
-        if self._modules is not None:
-            self._modules.withdraw()
+        with self.turn:
+            if self.placement is not None:
+                self.placement.close()
+                self.placement = None
+                self.attention.end()
+            device_attention.detach(model)
+            if self._modules is not None:
+                self._modules.withdraw()
 
     def carry_in(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Arguments of the model's forward, where its layers want them."""
@@ -307,7 +310,7 @@ class DeviceSide:
 
     def close(self) -> None:
         """Wait for what is in flight, stop the store's threads and give all memory back. Harmless when done twice."""
-        with self._lock:
+        with self.turn, self._lock:
             self.queue.close()
             self.store.close()
             self.accelerator.close()
