@@ -40,6 +40,7 @@ class AttentionWork(AttentionObserver):
         self._seen: dict[bool, list[float]] = {True: [], False: []}
         self.host_calls = self.device_calls = 0
         self.host_seconds = 0.0
+        self._ended = False
         if accelerator.simulated:
             self._ask_the_clock()
         else:
@@ -50,6 +51,8 @@ class AttentionWork(AttentionObserver):
         run: Callable[[], torch.Tensor], *, link_bytes: int,
     ) -> torch.Tensor:  # fmt: skip
         """As of `AttentionObserver`: the work is told to the accelerator, and what the host did is measured."""
+        if self._ended:
+            return run()
         accelerator, compute = self._accelerator, self._accelerator.compute
         if not on_host:
             self.device_calls += 1
@@ -75,6 +78,10 @@ class AttentionWork(AttentionObserver):
         self.host_seconds += seconds
         self._learn(self._bytes(layer_idx, batch, length), seconds)
         return result[0]
+
+    def end(self) -> None:
+        """The device is gone. Copies of the model still come here."""
+        self._ended = True
 
     def host(self, layer: int, batch: int, length: int) -> float:
         """Seconds of a step's attention of a layer on the host."""
