@@ -154,6 +154,14 @@ def test_feeding_keeps_the_backlog_at_what_is_asked(ghosts: Bench) -> None:
     assert fed / 12e9 == pytest.approx(0.0095 + 0.001, abs=2 * CHUNK_SECONDS)
 
 
+def test_no_chunk_is_longer_than_said() -> None:
+    bench = Bench([1200], chunk=300)  # less than equal parts, aligned, would be
+    bench.accelerator.keep_timeline(True)
+    bench.queue.fetch(bench.transfer(0))
+    names = [span.name for span in bench.accelerator.timeline() if span.track == "copy"]
+    assert [name.split("[")[1] for name in names] == ["0:300]", "300:600]", "600:900]", "900:1200]"]
+
+
 def test_the_link_never_idles_while_it_is_fed_in_time(ghosts: Bench) -> None:
     for number in range(40):
         ghosts.queue.prefetch(ghosts.transfer(number))
@@ -331,7 +339,7 @@ def test_arrivals_are_told_once_and_only_when_they_are_there(ghosts: Bench) -> N
 @pytest.mark.parametrize("way", ["idle", "busy", "held up"])
 def test_bandwidth_is_that_of_the_link(profile: str, way: str) -> None:
     """However long the link stands still between copies, or before one that waits for a reader."""
-    bench = Bench([6 * MIB] * 10, ghost=True, chunk=3 * MIB, profile=profile)
+    bench = Bench([3 * MIB] * 10, ghost=True, chunk=3 * MIB, profile=profile)
     assert not bench.queue.measured and bench.queue.bandwidth == 10.0
     for number in range(10):
         bench.queue.fetch(bench.transfer(number, bench.long_read(number) if way == "held up" else None))
