@@ -252,10 +252,15 @@ class DeviceSide:
         self.dispatcher.run(layer, groups.experts, rows, len(hidden_states), self._tensors)
         return self._tensors.result, len(groups.experts)
 
-    def give_up_slots(self, least: int = 1) -> bool:
-        """Free an eighth of the slots, or `least`; False where too few would be left."""
-        wanted = len(self.slots) - max(least, len(self.slots) // GIVE_UP)
-        return self.resize(self.slots.after_shrinking(max(wanted, LEAST_SLOTS)))
+    def give_up_slots(self, *, for_good: bool = False) -> bool:
+        """Free some of the slots; False where too few would be left. for_good: what they took is nobody's any more."""
+        before = self.slots.nbytes
+        wanted = len(self.slots) - max(1, len(self.slots) // GIVE_UP)
+        if not self.resize(self.slots.after_shrinking(max(wanted, LEAST_SLOTS))):
+            return False
+        if for_good:
+            self.accelerator.budget -= before - self.slots.nbytes
+        return True
 
     def resize(self, slots: int) -> bool:
         """Have so many slots; False where that cannot be."""
