@@ -68,7 +68,8 @@ class GuardedForward:
                 try:
                     return self._attempt(side, kwargs, cache, before)
                 except (OutOfDeviceMemoryError, torch.OutOfMemoryError) as error:
-                    if left and side.give_up_slots():
+                    # what torch has no memory for is not counted: the budget was too much
+                    if left and side.give_up_slots(for_good=isinstance(error, torch.OutOfMemoryError)):
                         logger.warning(
                             "the device is out of memory (%s): %d expert slots are left", error, len(side.slots)
                         )
