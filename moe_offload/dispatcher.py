@@ -27,6 +27,7 @@ from moe_offload.prefetcher import Prefetcher
 from moe_offload.scheduling.cost_model import CostModel
 from moe_offload.scheduling.forecast import Forecast
 from moe_offload.scheduling.guard import Guard
+from moe_offload.scheduling.host_time import HostTime
 from moe_offload.scheduling.layer_plan import COMING, CPU, FETCH, HOST, SLOT, LayerPlan, LayerState
 from moe_offload.scheduling.policies import Policy, plan_static
 from moe_offload.scheduling.prefetch import savings
@@ -114,6 +115,9 @@ class Dispatcher:
         self._unfinished = False  # a layer was begun and did not end
         self._stalls: list[tuple[Event, Event]] = []  # of the device, for copies, in this layer
         self._unknown_stalls: deque[tuple[Event, Event, float]] = deque()  # and when the host had nothing else to do
+        self.host_time = HostTime()
+        self._last_end: Event | None = None  # of the layer's last launch
+        self._host_through = 0.0  # when the CPU had run its share of the layer
 
     # Steps
 
@@ -124,6 +128,7 @@ class Dispatcher:
         self.step += 1
         self._tokens = self._last_tokens = tokens
         self._step_started = self.parts.accelerator.now()
+        self.host_time.begin(tokens)
         was = self.dynamic
         self.dynamic = self.guard is None or self.guard.mode(tokens) == "dynamic"
         if was and not self.dynamic:
@@ -226,27 +231,37 @@ class Dispatcher:
         if self._unfinished:
             self._mend()
         self._unfinished = True
-        if self._tokens == 0 or layer <= self._layer:
-            self._begin_step(tokens)
-        self._layer = layer
         parts, clock = self.parts, self.parts.accelerator.now
         began = clock()
+        if self._tokens == 0 or layer <= self._layer:
+            self._begin_step(tokens)
+        elif self._last_end is not None and self._last_end.query():
+            self.host_time.observe_turn(began - self._host_through, began - self._last_end.time())
+        self._layer = layer
         self._note_arrivals()
         self._learn_device()
+        if self.prefetcher is not None:
+            self.prefetcher.settle(layer, experts)
         slots = parts.cache.lookup(layer, experts, max(self.step, 0))
         state = self._state(layer, experts, rows, tokens, slots)
         costs = parts.costs.layer_costs(parts.kinds[layer])
-        plan = (self.policy.planner if self.dynamic else plan_static)(state, costs)
+        planner = self.policy.planner if self.dynamic else plan_static
+        if self.prefetcher is not None and self.dynamic:
+            costs = self.host_time.adjust(costs, len(experts))
+            planner = plan_static if self.host_time.explores else planner
+        plan = planner(state, costs)
         planned = clock()
+        self._last_end = None
         cpu = self._dispatch(layer, state, plan, slots, work)
         enqueued = clock()
+        self.host_time.observe_enqueue(len(plan.gpu_order), len(plan.fetch_order), enqueued - planned)
         parts.forecast.observe(layer, experts, rows, tokens)
         if self.prefetcher is not None and self.dynamic:
             self.prefetcher.look_ahead(layer, tokens, plan.seconds, self._prefetch)
         ahead = clock()
         if len(cpu):
             work.on_cpu(cpu)
-        done = clock()
+        done = self._host_through = clock()
         self._learn_stalls(done)
         if len(cpu):
             parts.costs.observe_cpu(parts.kinds[layer], rows[cpu], done - ahead)
@@ -273,9 +288,7 @@ class Dispatcher:
                 else:
                     where[position] = COMING
                     ready[position] = parts.queue.ready_in(key)
-        value = np.zeros(len(experts))
-        if self.prefetcher is not None and self.dynamic:
-            value += self.prefetcher.value(layer, experts)
+        value = np.full(len(experts), -self.host_time.fetch)
         value[~parts.records.is_here(layer)[experts]] = NOT_FETCHABLE
         # one slot is enough: later fetches take slots whose experts have run
         room = (1 << 30) if parts.cache.room(layer, slots[slots >= 0]) else 0
@@ -362,7 +375,7 @@ class Dispatcher:
         start = compute.record(timed=True) if state.where[positions[0]] == SLOT else None
         slots = [slot_of[p] for p in positions]
         work.on_device(np.array(positions, np.int64), slots)
-        end = compute.record(timed=start is not None)
+        end = self._last_end = compute.record(timed=True)
         if start is not None:
             self._pending.append(_Pending(parts.kinds[layer], state.rows[positions], start, end))
         for slot in slots:

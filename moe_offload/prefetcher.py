@@ -4,6 +4,7 @@ After each layer: what every expert of it is expected to save per step goes into
 layers that can arrive in time are queued, best first, and those of this layer that the CPU had to run although they are
 worth more than the least valuable slot come behind them. Copies that wait can be called off; only as much as the link
 carries until the next decision is handed to the device (`CopyQueue.feed`), so an on-demand fetch waits for little.
+Every copy costs the host time that the CPU's experts wait for. It is measured: what saves less stays where it is.
 """
 
 from collections.abc import Callable
@@ -13,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_offload.scheduling.policies import Policy
-from moe_offload.scheduling.prefetch import choose, savings
+from moe_offload.scheduling.prefetch import Yield, choose, savings
 from moe_offload.transfer.eviction import Score
+from moe_offload.transfer.expert_cache import READY
 
 if TYPE_CHECKING:
     from moe_offload.dispatcher import Parts
@@ -22,15 +24,16 @@ if TYPE_CHECKING:
 HORIZON = 3  # layers
 READ_AHEAD = 8  # experts of a layer at once, from disk
 PACE = 0.3  # how much the newest interval between layers counts
-LATER_STEPS = 0.0  # that a fetched expert's further use is valued for
 DISTINCTLY = 1.15  # times the worth of what is evicted, where an expert is to stay
-LEAST_SHARE = 0.02  # of a copy's seconds: what a copy has to save at least
+LEAST_SHARE = 0.02  # of a copy's seconds: what it has to save at least for the expert to be read from disk
+STAY = 8.0  # steps that an expert which is to stay is expected to
+NEWEST = 0.1  # how much the newest measurement of the host's time counts
 
 Prefetch = Callable[[int, int, float, float | None], int | None]
 
 
 class Prefetcher:
-    """One model's look-ahead. `Prefetch` is called with layer, expert, priority and the worth of the slot it may take."""
+    """One model's look-ahead. `Prefetch` takes layer, expert, priority and the worth of the slot that may be taken."""
 
     def __init__(self, parts: "Parts", policy: Policy) -> None:
         self._parts = parts
@@ -38,36 +41,42 @@ class Prefetcher:
         eviction = parts.cache.eviction
         self._scores = eviction if isinstance(eviction, Score) else None
         self._saved: list[NDArray[np.float64] | None] = [None] * self._layers
+        self._kept: list[NDArray[np.float64]] = [np.empty(0)] * self._layers
         self._saved_for = [0] * self._layers  # tokens
-        self._early: dict[int, set[int]] = {}  # by layer: slots prefetched for its next run
+        self._early: dict[int, dict[int, tuple[int, float]]] = {}  # by layer: experts prefetched for its next run
+        self._yield = Yield()
         self._pace = 0.0
         self._last = 0.0
         self._tokens = 0
         self._floor = 0.0  # worth of what was evicted last
+        self._host = 0.0  # seconds of the host for one prefetch, and for looking ahead without any
+        self._idle = 0.0
 
     def protected(self, layer: int | None) -> set[int]:
         """Slots that wait for their layer to run. `layer` runs now: its own are its planner's from here on."""
         if layer is not None:
             self._early.pop(layer, None)
-        return set().union(*self._early.values())
+        return {slot for early in self._early.values() for slot, _ in early.values()}
+
+    def settle(self, layer: int, experts: NDArray[np.int32]) -> None:
+        """The layer runs with these experts: which of those prefetched for it are there and wanted?"""
+        cache = self._parts.cache
+        for expert, (slot, presence) in self._early.get(layer, {}).items():
+            there = cache.owner(slot) == (layer, expert) and cache.state_of(slot) == READY
+            self._yield.observe(presence, there and expert in experts)
+        self._yield.tick()
 
     def forget(self) -> None:
         """Slots were given up or renumbered: nothing waits for its layer any more."""
         self._early.clear()
-
-    def value(self, layer: int, experts: NDArray[np.int32]) -> NDArray[np.float64]:
-        """[A] seconds that having these experts on the device saves in later steps, net of what they replace."""
-        saved = self._saved[layer]
-        if saved is None:
-            return np.zeros(len(experts))
-        copy = self._parts.costs.layer_costs(self._parts.kinds[layer]).copy
-        return np.asarray(np.clip((saved[experts] - self._floor) * LATER_STEPS, 0.0, copy / 2))
 
     def look_ahead(self, layer: int, tokens: int, plan_seconds: float, prefetch: Prefetch) -> None:
         """Layer `layer` of `tokens` tokens is dispatched, its CPU share about to run."""
         now = self._parts.accelerator.now()
         if tokens != self._tokens:
             self._tokens, self._pace = tokens, 0.0
+            for each in range(self._layers):  # what is worth most to keep depends on the batch
+                self._expect(each, tokens, anew=True)
         elif now > self._last:
             interval = now - self._last
             self._pace += PACE * (min(interval, 4 * self._pace) - self._pace) if self._pace else interval
@@ -81,21 +90,27 @@ class Prefetcher:
             free = self._stream((layer + distance) % self._layers, tokens, free, prefetch)
             free += pace
         self._keep(layer, tokens, free, prefetch)
-        queue.feed(pace)
+        fed = queue.feed(pace) / self._parts.record_bytes[layer]
+        spent = self._parts.accelerator.now() - now
+        if fed:
+            each = max(spent - self._idle, 0.0) / fed
+            self._host += NEWEST * (each - self._host) if self._host else each
+        else:
+            self._idle += NEWEST * (spent - self._idle) if self._idle else spent
         self._read_ahead((layer + 1) % self._layers, tokens, copy)
 
     def _expect(self, layer: int, tokens: int, *, anew: bool = False) -> NDArray[np.float64]:
         saved = self._saved[layer]
         if saved is None or anew or self._saved_for[layer] != tokens:
             parts = self._parts
-            saved = savings(
-                parts.forecast.presence(layer, tokens),
-                parts.forecast.expected_rows(layer, tokens),
-                parts.costs.layer_costs(parts.kinds[layer]),
-            )
+            presence, usual = parts.forecast.presence(layer, tokens), parts.forecast.usual_presence(layer, tokens)
+            rows, costs = parts.forecast.expected_rows(layer, tokens), parts.costs.layer_costs(parts.kinds[layer])
+            saved = savings(presence, rows, costs)
             self._saved[layer], self._saved_for[layer] = saved, tokens
+            later = savings(usual, rows / np.maximum(presence, 1e-9) * usual, costs)
+            self._kept[layer] = kept = saved / STAY + later * (1 - 1 / STAY)
             if self._scores is not None:
-                self._scores.set_scores(layer, saved)
+                self._scores.set_scores(layer, kept)
         return saved
 
     def _stream(self, layer: int, tokens: int, free: float, prefetch: Prefetch) -> float:
@@ -107,11 +122,12 @@ class Prefetcher:
         absent = self._absent(layer)
         # A slot that streams is used again every few layers, so it may displace what is worth more per step.
         turns = self._layers / (HORIZON + 1)
-        for candidate in choose(layer, saved, saved, absent, free, copy, LEAST_SHARE * copy):
+        presence, least = self._parts.forecast.presence(layer, tokens), self._host / self._yield.share
+        for candidate in choose(layer, saved, saved, absent, free, copy, least):
             slot = prefetch(layer, candidate.expert, candidate.saves, candidate.saves * turns)
             if slot is None:
                 break
-            self._early.setdefault(layer, set()).add(slot)
+            self._early.setdefault(layer, {})[candidate.expert] = slot, float(presence[candidate.expert])
             free -= copy
         return free
 
@@ -120,8 +136,9 @@ class Prefetcher:
         copy = self._parts.costs.layer_costs(self._parts.kinds[layer]).copy
         if free < copy:
             return
-        saved = self._expect(layer, tokens)
-        for candidate in choose(layer, saved, saved, self._absent(layer), free, copy, self._floor * DISTINCTLY):
+        self._expect(layer, tokens)
+        kept, least = self._kept[layer], self._floor * DISTINCTLY + self._host / STAY
+        for candidate in choose(layer, kept, kept, self._absent(layer), free, copy, least):
             if prefetch(layer, candidate.expert, 0.0, candidate.keep / DISTINCTLY) is None:
                 self._floor = max(self._floor, candidate.keep / DISTINCTLY)
                 return

@@ -82,7 +82,7 @@ def test_the_serial_twin_gives_the_same_and_is_not_faster(policy: str, folder: P
 
 def test_experts_run_on_both_sides(folder: Path) -> None:
     """With half of the experts in slots nothing above would show anything if one side had never worked."""
-    ids = tiny_models.token_ids(2, 20)
+    ids = tiny_models.token_ids(8, 20)
     for policy in CHOOSABLE:
         with on_device(folder, 24, policy=policy) as model:
             generate(model, ids)

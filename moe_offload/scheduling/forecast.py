@@ -20,6 +20,9 @@ class Forecast(Protocol):
     def expected_rows(self, layer: int, tokens: int) -> NDArray[np.float64]:
         """[E] the expected number of tokens of each expert."""
 
+    def usual_presence(self, layer: int, tokens: int) -> NDArray[np.float64]:
+        """[E] as `presence`, on average over the calls that follow."""
+
     def observe(self, layer: int, experts: NDArray[Any], rows: NDArray[Any], tokens: int) -> None:
         """What the router chose: the active experts, each once, and the rows of each."""
 
@@ -28,6 +31,7 @@ _BUCKETS = 12  # powers of two of tokens, the last one open
 _PRIOR = 8.0  # steps that the prior counts for
 _BLEND = 4.0  # steps at a batch size after which they count as much as what single tokens say
 _RESCALE = 1e100
+_FORESEEN = 8  # calls
 
 
 class Popularity:
@@ -95,6 +99,10 @@ class Popularity:
         trust = weight / (weight + _BLEND * self._addend[layer])
         return np.asarray(alone + trust * (self._active[layer][bucket] / weight - alone))
 
+    def usual_presence(self, layer: int, tokens: int) -> NDArray[np.float64]:
+        """[E] the same: nothing is known of a single call."""
+        return self.presence(layer, tokens)
+
     def expected_rows(self, layer: int, tokens: int) -> NDArray[np.float64]:
         """[E] the expected number of tokens of each expert."""
         return self.share(layer) * tokens
@@ -140,6 +148,14 @@ class PerfectForecast:
     def presence(self, layer: int, tokens: int) -> NDArray[np.float64]:
         """[E] 1 for the experts that the layer's next call will have; nothing after the last."""
         return (self.expected_rows(layer, tokens) > 0).astype(np.float64)
+
+    def usual_presence(self, layer: int, tokens: int) -> NDArray[np.float64]:
+        """[E] the share of the next calls that will have each expert."""
+        coming = self._coming[layer]
+        if not coming:
+            return self._nothing
+        calls = min(len(coming), _FORESEEN)
+        return np.mean([coming[at] > 0 for at in range(calls)], axis=0)
 
     def expected_rows(self, layer: int, tokens: int) -> NDArray[np.float64]:
         """[E] the rows that the layer's next call will have."""

@@ -15,8 +15,7 @@ from moe_offload.scheduling.layer_plan import LayerCosts
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """An expert worth copying. `saves`: expected seconds for its layer's next run; `keep`: for every run from then on.
-    """
+    """An expert worth copying. `saves`: expected seconds for its layer's next run; `keep`: for every run from then."""
 
     layer: int
     expert: int
@@ -61,3 +60,31 @@ def choose(
         worth = worth[best]
     worth = worth[np.argsort(-saved[worth], kind="stable")]
     return [Candidate(layer, int(e), float(saved[e]), float(keep[e])) for e in worth]
+
+
+_TRUST = 16.0  # prefetches: what the forecast's word weighs before any was seen
+_FORGET = 0.97  # of what prefetches came to, at each
+_RETRY = 0.0005  # of it, at each layer
+_LEAST = 0.01
+
+
+class Yield:
+    """Which share of what forecasts promise prefetches bring: some come late, and the best of guesses are too high."""
+
+    def __init__(self) -> None:
+        self._came = self._promised = _TRUST
+
+    @property
+    def share(self) -> float:
+        """Above 0, at most 1."""
+        return min(max(self._came / self._promised, _LEAST), 1.0)
+
+    def observe(self, promised: float, came: bool) -> None:
+        """A prefetched expert was there and wanted, or not, where the forecast had said so with this probability."""
+        self._came = self._came * _FORGET + came
+        self._promised = self._promised * _FORGET + promised
+
+    def tick(self) -> None:
+        """A layer has run: what did not pay once may pay later."""
+        self._came += _RETRY * (_TRUST - self._came)
+        self._promised += _RETRY * (_TRUST - self._promised)
