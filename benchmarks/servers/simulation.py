@@ -27,9 +27,10 @@ from benchmarks.servers.shapes import Shape
 from moe_offload.dispatcher import Dispatcher, Parts
 from moe_offload.scheduling.calibration import calibrate
 from moe_offload.scheduling.cost_model import CostModel
-from moe_offload.scheduling.forecast import Forecast, PerfectForecast, Popularity, RoutedCall
+from moe_offload.scheduling.forecast import Forecast, PerfectForecast, RoutedCall
 from moe_offload.scheduling.guard import Guard
 from moe_offload.scheduling.policies import find_policy, plan_static
+from moe_offload.scheduling.recent_use import RecentUse
 from moe_offload.transfer.accelerator import Buffer, Event, HostArena, OutOfDeviceMemoryError, Work
 from moe_offload.transfer.copy_queue import CopyQueue
 from moe_offload.transfer.device_slots import DeviceSlots
@@ -106,6 +107,7 @@ class _Layers:
         self._out = accelerator.allocate(4096, "output")
         self._hidden, self._cpu_out = arena.take(4096, "hidden states"), arena.take(4096, "output of the CPU's experts")
         self._rows: NDArray[np.int64] = np.empty(0, np.int64)
+        self._nbytes = shape.expert_bytes
         self._sent = 0
         self._on_device = False  # whether the device has a share of the layer
 
@@ -134,12 +136,12 @@ class _Layers:
     def on_device(self, positions: NDArray[np.int64], slots: Sequence[int]) -> None:
         """As of `LayerWork`, like the next two."""
         shape, self._on_device = self._shape, True
-        reads = [self._slots.buffer(slot).part(0, shape.expert_bytes) for slot in slots]
-        work = Work(shape.expert_bytes, shape.flops_per_row, self._rows[positions], launches=EXPERT_LAUNCHES)
+        reads = [self._slots.buffer(slot).part(0, self._nbytes) for slot in slots]
+        work = Work(self._nbytes, shape.flops_per_row, self._rows[positions], launches=EXPERT_LAUNCHES)
         self._accelerator.launch(self._accelerator.compute, no_function, reads, (self._out,), work, "experts")
 
     def on_cpu(self, positions: NDArray[np.int64]) -> None:
-        work = Work(self._shape.expert_bytes, self._shape.flops_per_row, self._rows[positions])
+        work = Work(self._nbytes, self._shape.flops_per_row, self._rows[positions])
         self._accelerator.run_host(lambda: None, work)
         self._cpu_out.host(write=True)
 
@@ -228,7 +230,7 @@ class Simulation:
         shape = self.shape
         if self.policy.forecast == "perfect":
             return PerfectForecast(shape.layers, shape.experts, self._calls)
-        forecast = Popularity(shape.layers, shape.experts, top_k=shape.top_k)
+        forecast = RecentUse(shape.layers, shape.experts, top_k=shape.top_k)
         for call in self._known:
             forecast.observe(call.layer, call.experts, call.rows, self.batch)
         return forecast
