@@ -253,13 +253,12 @@ class DeviceSide:
         return self._tensors.result, len(groups.experts)
 
     def give_up_slots(self, *, for_good: bool = False) -> bool:
-        """Free some of the slots; False where too few would be left. for_good: what they took is nobody's any more."""
-        before = self.slots.nbytes
+        """Free some of the slots; False where too few would be left. for_good: nobody takes what is free then."""
         wanted = len(self.slots) - max(1, len(self.slots) // GIVE_UP)
         if not self.resize(self.slots.after_shrinking(max(wanted, LEAST_SLOTS))):
             return False
         if for_good:
-            self.accelerator.budget -= before - self.slots.nbytes
+            self.accelerator.budget = min(self.accelerator.budget, self.accelerator.used)
         return True
 
     def resize(self, slots: int) -> bool:
