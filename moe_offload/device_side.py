@@ -38,9 +38,9 @@ from moe_offload.models.errors import NotEnoughMemoryError
 from moe_offload.models.skeleton import Skeleton
 from moe_offload.options import Options, Progress
 from moe_offload.scheduling import arrangement, planner
-from moe_offload.scheduling.forecast import Popularity
 from moe_offload.scheduling.guard import Guard
 from moe_offload.scheduling.policies import find_policy
+from moe_offload.scheduling.recent_use import RecentUse
 from moe_offload.stored_records import StoredSource, stored_record
 from moe_offload.transfer.accelerator import Accelerator, OutOfDeviceMemoryError, Work
 from moe_offload.transfer.copy_queue import CopyQueue
@@ -154,7 +154,7 @@ class DeviceSide:
         cache = ExpertCache(
             len(layers), experts, len(self.slots), EVICTIONS[self.policy.eviction](), record_bytes=record_bytes
         )
-        forecast = Popularity(len(layers), max(experts), top_k=top_k)
+        forecast = RecentUse(len(layers), max(experts), top_k=top_k)
         parts = Parts(accelerator, self.slots, cache, self.queue, self.store, self.costs, kinds, record_bytes, forecast)
         self.guard = Guard() if self.policy.prefetch else None
         self.dispatcher = Dispatcher(parts, self.policy, self.guard, overlap=options.overlap)
