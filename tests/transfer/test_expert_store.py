@@ -5,7 +5,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -132,11 +134,11 @@ def all_at_once(works: Sequence[Callable[[], object]]) -> list[BaseException]:
         except BaseException as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=run, args=(work,)) for work in works]
+    threads = [threading.Thread(target=run, args=(work,), daemon=True) for work in works]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(20)
         assert not thread.is_alive(), "stuck"
     return errors
 
@@ -262,6 +264,28 @@ def test_threads_that_fight_for_two_slots() -> None:
         errors = [e for e in all_at_once([work(seed) for seed in range(6)]) if not isinstance(e, HostMemoryFullError)]
         assert not errors
         assert source.most_at_once == 1
+        store.check_integrity()
+
+
+def test_calls_that_need_all_slots_do_not_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    with ExpertStore(Source(), PlainArena, range(2), 2 * PAGE) as store:
+        claim_one = store._claim_one
+
+        def slow_claim(*what: Any) -> Any:
+            gate = claim_one(*what)
+            time.sleep(0.02)  # time for the other to take the second slot
+            return gate
+
+        monkeypatch.setattr(store, "_claim_one", slow_claim)
+
+        def work(layer: int) -> Callable[[], None]:
+            def run() -> None:
+                with suppress(HostMemoryFullError), store.held(layer, [0, 1]) as buffers:
+                    assert is_right(buffers[1], layer, 1)
+
+            return run
+
+        assert not all_at_once([work(layer) for layer in range(2)])
         store.check_integrity()
 
 
@@ -413,10 +437,10 @@ def test_closing_waits_for_reads_and_wakes_those_who_wait() -> None:
     go, begun = threading.Event(), threading.Event()
     arenas: list[PlainArena] = []
 
-    def stick(key: Key) -> None:
-        begun.set()
-        go.wait(10)
-        assert not arenas[0].closed
+    def stick(key: Key) -> None:  # the thread of a call, no reader
+        if key == (0, 0):
+            begun.set()
+            go.wait(10)
 
     def arena(nbytes: int) -> PlainArena:
         arenas.append(PlainArena(nbytes))
@@ -432,6 +456,7 @@ def test_closing_waits_for_reads_and_wakes_those_who_wait() -> None:
     closer = threading.Thread(target=store.close)
     closer.start()
     waiter.join(10)
+    closer.join(0.05)
     assert not waiter.is_alive() and closer.is_alive() and not arenas[0].closed
     go.set()
     for thread in (closer, reader):
