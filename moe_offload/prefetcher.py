@@ -7,6 +7,7 @@ carries until the next decision is handed to the device (`CopyQueue.feed`), so a
 Every copy costs the host time that the CPU's experts wait for. It is measured: what saves less stays where it is.
 """
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 HORIZON = 3  # layers
 READ_AHEAD = 8  # experts of a layer at once, from disk
 PACE = 0.3  # how much the newest interval between layers counts
-DISTINCTLY = 1.15  # times the worth of what is evicted, where an expert is to stay
+DISTINCTLY = 0.5  # of the worth of what is evicted: by how much one to stay is to be worth more, with a single token
 LEAST_SHARE = 0.02  # of a copy's seconds: what it has to save at least for the expert to be read from disk
 STAY = 8.0  # steps that an expert which is to stay is expected to
 NEWEST = 0.1  # how much the newest measurement of the host's time counts
@@ -137,10 +138,12 @@ class Prefetcher:
         if free < copy:
             return
         self._expect(layer, tokens)
-        kept, least = self._kept[layer], self._floor * DISTINCTLY + self._host / STAY
+        # popularity is known as well as tokens are many, and the best of many absent experts often only seems to be
+        more = 1 + DISTINCTLY / math.sqrt(tokens)
+        kept, least = self._kept[layer], self._floor * more + self._host / STAY
         for candidate in choose(layer, kept, kept, self._absent(layer), free, copy, least):
-            if prefetch(layer, candidate.expert, 0.0, candidate.keep / DISTINCTLY) is None:
-                self._floor = max(self._floor, candidate.keep / DISTINCTLY)
+            if prefetch(layer, candidate.expert, 0.0, candidate.keep / more) is None:
+                self._floor = max(self._floor, candidate.keep / more)
                 return
         self._floor *= 0.9
 

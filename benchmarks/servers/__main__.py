@@ -4,6 +4,7 @@
 
 A cell is a server, a model and a batch; every policy decodes the same routing (routing.py) with the same measured
 costs, launches and cache (simulation.py). Then prompts of 512 tokens. "ours" runs with its guard, whose trials count.
+"oracle" is ours with knowledge of the next 8 steps' routing, "oracle-next" of every layer's next call.
 """
 
 from dataclasses import asdict
@@ -17,14 +18,24 @@ from rich.table import Table
 from benchmarks.reporting import progress, write_result
 from benchmarks.servers.routing import Choices, demo, generate, repeats
 from benchmarks.servers.shapes import DEMO, MEASURED, SHAPES, Shape
-from benchmarks.servers.simulation import CONTEXT, MOST, WORKSPACE, Result, Steps, run_cell, run_prompt
-from benchmarks.servers.summary import OURS, Cell, summarise
+from benchmarks.servers.simulation import (
+    CONTEXT,
+    FORESEEN,
+    MOST,
+    NEXT_ONLY,
+    WORKSPACE,
+    Result,
+    Steps,
+    run_cell,
+    run_prompt,
+)
+from benchmarks.servers.summary import ORACLE, OURS, Cell, summarise
 from moe_offload.scheduling.policies import POLICIES
 from moe_offload.transfer.server_profile import PROFILES
 
 BATCHES = (1, 4, 16, 64)
 # More tokens in a step, fewer steps. The warm-up takes the guard through its first trial.
-STEPS = {1: Steps(48, 24, 24), 4: Steps(48, 20, 16), 16: Steps(32, 20, 8), 64: Steps(16, 20, 4)}
+STEPS = {1: Steps(48, 18, 16), 4: Steps(48, 18, 10), 16: Steps(32, 18, 5), 64: Steps(16, 18, 3)}
 PROMPT_TOKENS, PROMPTS_SEEN = 512, 1
 PROMPT_POLICIES = ("static", "static-offload32", "lru", "ours")
 SMOKE = Steps(4, 3, 2)
@@ -39,7 +50,7 @@ def routing(shape: Shape, batch: int, steps: int) -> Choices:
 def decode(server: str, shape: Shape, choices: Choices, steps: Steps) -> Cell | None:
     """Every policy's decode steps; None where the model does not fit the card."""
     results: dict[str, Result] = {}
-    for policy in POLICIES:
+    for policy in (*POLICIES, NEXT_ONLY):
         result = run_cell(server, shape, policy, choices, steps, guarded=policy == OURS)
         if result is None:
             return None
@@ -65,7 +76,7 @@ def show(console: Console, cells: list[Cell]) -> None:
         for policy in group[0].results:
             row = []
             for cell in group:
-                share = "" if cell.share is None else f" {cell.speed(policy) / cell.speed('oracle'):4.0%}"
+                share = "" if ORACLE not in cell.results else f" {cell.speed(policy) / cell.speed(ORACLE):4.0%}"
                 row.append(f"{'*' if policy == OURS and cell.lead < 0.99 else ''}{cell.speed(policy):.1f}{share}")
             table.add_row(policy, *row)
         table.caption = f"{slots} slots; beside: share of the oracle"
@@ -127,7 +138,9 @@ def main(
                 "question": "simulated tokens per second of every policy on virtual servers, as shares of an oracle's",
                 "simulated": "all figures are of a virtual accelerator's clock, with estimated servers",
                 "context": CONTEXT, "most_experts_on_device": MOST, "workspace_bytes": WORKSPACE,
-                "steps": {count: asdict(steps) for count, steps in STEPS.items()}, "repeats": found_repeats,
+                "oracle_foresees_steps": FORESEEN,
+                "steps": {count: asdict(steps) for count, steps in STEPS.items()},
+                "repeats": found_repeats,
                 "summary": asdict(summary), "prompts_summary": asdict(summarise(prompts)), "not_on_the_card": left_out,
                 "decode": [cell.to_dict() for cell in cells], "prompts": [cell.to_dict() for cell in prompts],
             },

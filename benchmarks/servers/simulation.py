@@ -44,6 +44,9 @@ MOST = 0.5  # of the experts that the cache holds
 WORKSPACE = 512 << 20
 DENSE_LAUNCHES = 10
 EXPERT_LAUNCHES = 3
+FORESEEN = 8  # steps that the oracle knows
+NEXT_ONLY = "oracle-next"  # an oracle that knows the next call of every layer, and nothing beyond
+ADAPTING = 6  # steps for caches to take the shape that their policy gives them
 STREAM_SLOTS = 8  # of a static placement that fetches: where fetched experts take turns
 
 
@@ -53,7 +56,7 @@ def no_function(*_: object) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Steps:
-    """How many are for what: the forecast's and the first placement's, run but not counted, counted."""
+    """How many are for what: known beforehand, for the forecast and the first placement; run, not counted; counted."""
 
     seen: int
     warm: int
@@ -195,7 +198,8 @@ class Simulation:
 
     def __init__(self, server: str, shape: Shape, policy: str, choices: Choices, seen: int, *, guarded: bool) -> None:
         """choices [steps, L, T, K]; the first `seen` steps are known beforehand, and not run."""
-        self.profile, self.shape, self.policy = find_profile(server), shape, find_policy(policy)
+        self.profile, self.shape = find_profile(server), shape
+        self.policy = find_policy("oracle" if policy == NEXT_ONLY else policy)
         self.batch = choices.shape[2]
         self.accelerator = VirtualAccelerator(self.profile, ghost=True)
         positions = CONTEXT * self.batch
@@ -211,7 +215,7 @@ class Simulation:
         self._known = calls_of(choices[:seen])
         self._calls = calls_of(choices[seen:])
         self._next = 0
-        forecast = self._forecast()
+        forecast = self._forecast(1 if policy == NEXT_ONLY else FORESEEN)
         queue: CopyQueue[tuple[int, int]] = CopyQueue(self.accelerator)
         arena = self.accelerator.host_arena(shape.expert_bytes + (64 << 10))
         costs = CostModel.from_dict(_measured_costs(self.profile, shape))
@@ -226,10 +230,10 @@ class Simulation:
         self._layers = _Layers(self.accelerator, shape, self.slots, arena)
         self._fill()
 
-    def _forecast(self) -> Forecast:
+    def _forecast(self, foreseen: int) -> Forecast:
         shape = self.shape
         if self.policy.forecast == "perfect":
-            return PerfectForecast(shape.layers, shape.experts, self._calls)
+            return PerfectForecast(shape.layers, shape.experts, self._calls, foreseen=foreseen)
         forecast = RecentUse(shape.layers, shape.experts, top_k=shape.top_k)
         for call in self._known:
             forecast.observe(call.layer, call.experts, call.rows, self.batch)
@@ -273,13 +277,13 @@ class Simulation:
 
 def run_cell(server: str, shape: Shape, policy: str, choices: Choices, steps: Steps, *, guarded: bool) -> Result | None:
     """Decode. None where the model does not fit the card."""
+    # Those who need less to get into their stride begin later, knowing more: all are counted on the same steps.
+    warm = steps.warm if guarded else min(ADAPTING, steps.warm)
     try:
-        simulation = Simulation(server, shape, policy, choices, steps.seen, guarded=guarded)
+        simulation = Simulation(server, shape, policy, choices, steps.seen + steps.warm - warm, guarded=guarded)
     except OutOfDeviceMemoryError:
         return None
-    # what does not change has nothing to warm up
-    adapts = find_policy(policy).placement != "static"
-    for _ in range(steps.warm if adapts else 1):
+    for _ in range(warm):
         simulation.step()
     return _measure(simulation, steps.counted, simulation.batch)
 

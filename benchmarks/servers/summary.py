@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
 
-from benchmarks.servers.simulation import Result
+from benchmarks.servers.simulation import NEXT_ONLY, Result
 
 OURS, ORACLE = "ours", "oracle"
+_KNOWING = (ORACLE, NEXT_ONLY)
 EQUAL = 0.01  # relative: as fast as
 
 
@@ -28,17 +29,16 @@ class Cell:
     @property
     def rival(self) -> str:
         """The fastest of the policies that ours is compared with."""
-        return max((name for name in self.results if name not in (OURS, ORACLE)), key=self.speed)
+        return max((name for name in self.results if name not in (OURS, *_KNOWING)), key=self.speed)
 
     @property
     def lead(self) -> float:
         """Ours over the rival."""
         return self.speed(OURS) / self.speed(self.rival)
 
-    @property
-    def share(self) -> float | None:
-        """Ours over the oracle."""
-        return self.speed(OURS) / self.speed(ORACLE) if ORACLE in self.results else None
+    def share(self, oracle: str) -> float | None:
+        """Ours over one that knows what is to come."""
+        return self.speed(OURS) / self.speed(oracle) if oracle in self.results else None
 
     def to_dict(self) -> dict[str, object]:
         """For JSON."""
@@ -56,29 +56,29 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """cells; first: those where ours is the fastest or as fast; shares: mean and least of the oracle's speed."""
+    """cells; first: those where ours is the fastest, or as fast; shares: of an oracle's speed, mean and least."""
 
     cells: int
     first: int
     least_lead: float
-    mean_share: float | None
-    least_share: float | None
+    shares: Mapping[str, tuple[float, float]]
 
     def __str__(self) -> str:
         text = (
             f"simulated: ours is first, or within {EQUAL:.0%} of first, in {self.first} of {self.cells} cells"
             f" (least: {self.least_lead:.3f} of the best other)"
         )
-        if self.mean_share is None or self.least_share is None:
-            return text
-        return f"{text}; {self.mean_share:.1%} of the oracle on average, {self.least_share:.1%} at least"
+        return text + "".join(
+            f"; {mean:.1%} of {name} on average, {least:.1%} at least" for name, (mean, least) in self.shares.items()
+        )
 
 
 def summarise(cells: Sequence[Cell]) -> Summary:
     """At least one cell is needed."""
     leads = [cell.lead for cell in cells]
-    shares = [cell.share for cell in cells if cell.share is not None]
-    return Summary(
-        len(cells), sum(lead >= 1 - EQUAL for lead in leads), min(leads),
-        fmean(shares) if shares else None, min(shares) if shares else None,
-    )  # fmt: skip
+    shares = {}
+    for oracle in _KNOWING:
+        found = [share for cell in cells if (share := cell.share(oracle)) is not None]
+        if found:
+            shares[oracle] = fmean(found), min(found)
+    return Summary(len(cells), sum(lead >= 1 - EQUAL for lead in leads), min(leads), shares)

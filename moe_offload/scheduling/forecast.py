@@ -31,7 +31,6 @@ _BUCKETS = 12  # powers of two of tokens, the last one open
 _PRIOR = 8.0  # steps that the prior counts for
 _BLEND = 4.0  # steps at a batch size after which they count as much as what single tokens say
 _RESCALE = 1e100
-_FORESEEN = 8  # calls
 
 
 class Popularity:
@@ -130,13 +129,14 @@ class RoutedCall(NamedTuple):
 
 
 class PerfectForecast:
-    """Knows every layer's next call: the upper bound of prefetching.
+    """Knows every layer's next calls: the upper bound of prefetching and caching.
 
     trace: the calls that will come, in order within each layer. An observation is the call itself and turns to the
-    next.
+    next. foreseen: calls of each layer that it is asked about.
     """
 
-    def __init__(self, layers: int, experts: int, trace: Iterable[RoutedCall]) -> None:
+    def __init__(self, layers: int, experts: int, trace: Iterable[RoutedCall], *, foreseen: int = 8) -> None:
+        self._foreseen = foreseen
         self._nothing = np.zeros(experts)
         self._nothing.setflags(write=False)
         self._coming: list[deque[NDArray[np.float64]]] = [deque() for _ in range(layers)]
@@ -154,7 +154,7 @@ class PerfectForecast:
         coming = self._coming[layer]
         if not coming:
             return self._nothing
-        calls = min(len(coming), _FORESEEN)
+        calls = min(len(coming), self._foreseen)
         return np.mean([coming[at] > 0 for at in range(calls)], axis=0)
 
     def expected_rows(self, layer: int, tokens: int) -> NDArray[np.float64]:
