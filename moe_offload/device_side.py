@@ -140,7 +140,9 @@ class DeviceSide:
         ]  # fmt: skip
         try:
             accelerator.reserve(self._dense_bytes, "non-expert weights")
-            self._tensors = LayerTensors(accelerator, lambda slot: self.slots.buffer(slot), hidden, top_k)
+            self._tensors = LayerTensors(
+                accelerator, lambda slot: self.slots.buffer(slot), self._scratch_bytes, hidden, top_k
+            )
             self.costs = measure_costs(accelerator, self._parts, kinds, self.store, threads, progress)
             self.slots = self._make_slots(max(record_bytes), len(layers) * layers[0].cpu.num_experts)
         except OutOfDeviceMemoryError as error:
@@ -168,6 +170,12 @@ class DeviceSide:
     def cache(self) -> ExpertCache:
         """Which experts are on the device."""
         return self.dispatcher.parts.cache
+
+    def _scratch_bytes(self, rows: int) -> int:
+        """What torch takes on a real device for an expert of so many rows; a virtual one computes in host memory."""
+        if self.accelerator.simulated:
+            return 0
+        return max(part.device.scratch_bytes(rows) for part in self._parts)
 
     def _make_slots(self, record_bytes: int, experts: int) -> DeviceSlots:
         room = self.accelerator.budget - self.accelerator.used

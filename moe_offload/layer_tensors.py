@@ -53,11 +53,19 @@ class _Staging(NamedTuple):
 class LayerTensors:
     """Implements `dispatcher.LayerWork` for one layer after the other: `begin`, then the dispatcher, then `result`.
 
-    slot: the bytes of a slot. Takes its memory for a few tokens at once, more when more come.
+    slot: the bytes of a slot. scratch: device memory that torch takes for experts with so many rows. Takes its memory for a few tokens at once, more when more come.
     """
 
-    def __init__(self, accelerator: Accelerator, slot: Callable[[int], Buffer], hidden_size: int, top_k: int) -> None:
-        self._accelerator, self._slot = accelerator, slot
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        slot: Callable[[int], Buffer],
+        scratch: Callable[[int], int],
+        hidden_size: int,
+        top_k: int,
+    ) -> None:
+        self._accelerator, self._slot, self._scratch = accelerator, slot, scratch
+        self._reserved = 0
         self._hidden_size, self._top_k = hidden_size, top_k
         self._staging: _Staging | None = None
         self._room(LEAST_TOKENS, top_k)
@@ -170,6 +178,9 @@ class LayerTensors:
         self._top_k = max(self._top_k, top_k)
         size = max(tokens, LEAST_TOKENS)
         state, choices = size * self._hidden_size * 4, size * self._top_k
+        scratch = self._scratch(size)
+        self._accelerator.reserve(scratch, "scratch memory of the experts")
+        self._reserved = scratch
         out = self._accelerator.allocate(state, "output of the experts")
         sizes = {
             "hidden states": state, "routing": 8 * choices, "routing weights": 4 * choices,
@@ -186,6 +197,8 @@ class LayerTensors:
             self._accelerator.free(self._staging.out)
             self._staging.arena.close()
             self._staging = None
+        self._accelerator.reserve(-self._reserved, "scratch memory of the experts")
+        self._reserved = 0
 
 
 def _host(buffer: Buffer, dtype: Any, *shape: int, write: bool = False) -> NDArray[Any]:
