@@ -99,14 +99,15 @@ class CopyQueue(Generic[Key]):
         return self._submitted - before
 
     def cancel(self, key: Key) -> Cancelled[Key] | None:
-        """Call a prefetch off; None when that is too late: it is wholly submitted, or was promoted.
+        """Call a copy off; None when that is too late: it is wholly submitted, as fetches are unless Ctrl-C came.
 
         Chunks may be on their way: see `Cancelled.passed`.
         """
         order = self._known(key)
-        if key not in self._waiting:
+        if not order.left:
             return None
-        del self._waiting[key], self._orders[key]
+        self._waiting.pop(key, None)
+        del self._orders[key]
         self._counts["cancellations"] += 1
         self._counts["cancelled"] += order.done
         return Cancelled(key, order.event or order.transfer.after)
