@@ -71,7 +71,7 @@ class GuardedForward:
                     # what torch has no memory for is not counted: the budget was too much
                     if left and side.give_up_slots(for_good=isinstance(error, torch.OutOfMemoryError)):
                         logger.warning(
-                            "the device is out of memory (%s): %d expert slots are left", error, len(side.slots)
+                            "the device is out of memory (%s): %d expert slots are left", str(error), len(side.slots)
                         )
                         self._take_back(side, cache, before, error)
                     else:
@@ -103,7 +103,8 @@ class GuardedForward:
             side.end_step()
 
     def _go_on_without(self, cache: Any, before: int, error: Exception) -> None:
-        logger.warning("%s; the model goes on with the CPU alone", error)
+        # as text: whoever keeps the exception keeps the frames in its traceback, and with them a KV cache
+        logger.warning("%s; the model goes on with the CPU alone", str(error))
         self.engine.lose_device()
         if isinstance(cache, Cache):
             self._empty(cache, before, error)
