@@ -239,7 +239,9 @@ class DeviceSide:
                 except OutOfDeviceMemoryError as error:
                     if left == 0 or not self.give_up_slots():
                         raise
-                    logger.warning("the device is out of memory (%s): %d expert slots are left", error, len(self.slots))
+                    logger.warning(
+                        "the device is out of memory (%s): %d expert slots are left", str(error), len(self.slots)
+                    )
             raise AssertionError
 
     def _run(
