@@ -1,9 +1,5 @@
 """Models on the virtual device for tests: with a budget for so many expert slots, and checked when they are left."""
 
-import gc
-import itertools
-import threading
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, PreTrainedModel, set_seed
+from transformers import PreTrainedModel, set_seed
 
 import moe_offload
+from moe_offload.attention_layers import attention_layers
+from moe_offload.device_modules import device_bytes
 from moe_offload.device_side import DeviceSide
 from moe_offload.layer_tensors import LayerTensors
 from moe_offload.transfer.server_profile import PROFILES, ServerProfile
@@ -75,16 +73,18 @@ def dense_bytes(folder: Path) -> int:
     """What of the model is on the device before any expert: its other parameters, and the experts' output."""
     model = on_cpu(folder)
     hidden = model.offload.spec.layers[0].hidden_size
-    parts = itertools.chain(model.parameters(), model.buffers())
-    return sum(each.nbytes for each in parts) + LayerTensors.device_bytes(1, hidden)
+    return device_bytes(model) + LayerTensors.device_bytes(1, hidden)
 
 
 def budget(folder: Path, slots: int, contexts: int = 1) -> int:
-    """Device memory for about so many expert slots, and KV caches of one layer for so many sequences of 256 tokens."""
+    """Device memory for so many expert slots beside the least of KV cache for so many sequences of 256 tokens: layers
+    that may be in host memory are.
+    """
     model = on_cpu(folder)
     record = model.offload.spec.layers[0].bytes_per_expert("f32") + 256
-    position = 2 * 4 * model.config.num_attention_heads * 16
-    return dense_bytes(folder) + slots * record * 17 // 16 + contexts * 256 * position
+    layers = attention_layers(model)
+    kept = [layer.width for layer in layers if not layer.schedulable] + [max(layer.width for layer in layers)]
+    return dense_bytes(folder) + slots * record * 17 // 16 + contexts * 256 * sum(kept) * 4
 
 
 @contextmanager
@@ -101,11 +101,11 @@ def on_device(
     engine, side = model.offload, side_of(model)
     try:
         yield model
-        check(side)
+        if engine.device is not None:
+            check(side)
     finally:
         engine.close()
-    left = itertools.chain(model.parameters(), model.buffers())  # which the user has still
-    assert side.accelerator.used <= sum(each.nbytes for each in left)
+    assert side.accelerator.used in (0, device_bytes(model))
 
 
 def side_of(model: PreTrainedModel) -> DeviceSide:
@@ -126,24 +126,5 @@ def check(side: DeviceSide) -> None:
     """Bookkeeping that agrees, and budgets that were kept."""
     side.cache.check_integrity()
     side.store.check_integrity()
-    assert side.accelerator.peak <= side.accelerator.budget or isinstance(side.accelerator, VirtualAccelerator)
     assert len(side.slots) == side.cache.slots
     assert side.slots.nbytes <= side.accelerator.used
-
-
-def no_threads_left(before: set[threading.Thread]) -> bool:
-    """Whether all threads that have come since are gone."""
-    gc.collect()
-    return not [each for each in threading.enumerate() if each not in before]
-
-
-def new_cache(model: PreTrainedModel) -> DynamicCache:
-    """A KV cache of the kind that generate() makes."""
-    return DynamicCache(config=model.config)
-
-
-def is_gone(thing: Any) -> bool:
-    """Whether nobody holds what a weak reference named."""
-    gc.collect()
-    assert isinstance(thing, weakref.ref)
-    return thing() is None
