@@ -31,7 +31,9 @@ _PROBE = 64 << 20  # bytes
 class AttentionWork(AttentionObserver):
     """Implements `AttentionObserver` and `kv_placement.AttentionCosts`."""
 
-    def __init__(self, accelerator: Accelerator, layers: tuple[AttentionLayer, ...], itemsize: int, team: Team) -> None:
+    def __init__(
+        self, accelerator: Accelerator, layers: tuple[AttentionLayer, ...], itemsize: int, team: Team | None = None
+    ) -> None:
         self._accelerator = accelerator
         self._width = {layer.index: layer.width * itemsize for layer in layers}
         # By whether it is the host's: bytes per second, and seconds that attention of any length takes.
@@ -43,7 +45,7 @@ class AttentionWork(AttentionObserver):
         self._ended = False
         if accelerator.simulated:
             self._ask_the_clock()
-        else:
+        elif team is not None:
             self._measure(team)
 
     def attended(

@@ -53,7 +53,8 @@ class _Staging(NamedTuple):
 class LayerTensors:
     """Implements `dispatcher.LayerWork` for one layer after the other: `begin`, then the dispatcher, then `result`.
 
-    slot: the bytes of a slot. scratch: device memory that torch takes for experts with so many rows. Takes its memory for a few tokens at once, more when more come.
+    slot: the bytes of a slot. scratch: device memory that torch takes for experts with so many rows. Takes its memory
+    for a few tokens at once, more when more come.
     """
 
     def __init__(

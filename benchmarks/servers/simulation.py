@@ -177,6 +177,11 @@ def _measured_costs(profile: ServerProfile, shape: Shape) -> dict[str, Any]:
         return calibrate(accelerator, _Bench(accelerator, shape)).to_dict()
 
 
+def measured_costs(profile: ServerProfile, shape: Shape) -> CostModel:
+    """What the product's calibration finds on that server, with grouped kernels."""
+    return CostModel.from_dict(_measured_costs(profile, shape))
+
+
 def cache_slots(profile: ServerProfile, shape: Shape, positions: int) -> int:
     """How many experts the card's cache has with so many positions of KV cache; 0 where the model does not fit."""
     left = profile.memory_bytes - shape.dense_bytes - WORKSPACE - positions * shape.kv_bytes
@@ -218,7 +223,7 @@ class Simulation:
         forecast = self._forecast(1 if policy == NEXT_ONLY else FORESEEN)
         queue: CopyQueue[tuple[int, int]] = CopyQueue(self.accelerator)
         arena = self.accelerator.host_arena(shape.expert_bytes + (64 << 10))
-        costs = CostModel.from_dict(_measured_costs(self.profile, shape))
+        costs = measured_costs(self.profile, shape)
         self.guard = Guard() if guarded else None
         self.dispatcher = Dispatcher(
             Parts(
