@@ -56,7 +56,7 @@ class CudaFacts:
 
 def parse_device(request: str) -> DeviceChoice:
     """Raises ValueError for what is no device."""
-    match = _REQUEST.fullmatch(request)
+    match = _REQUEST.fullmatch(request) if isinstance(request, str) else None
     if match is None:
         raise ValueError(f"there is no device {request!r}: choose auto, cpu, cuda, cuda:N or virtual:PROFILE")
     word, index, profile = match.groups()
