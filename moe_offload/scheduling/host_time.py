@@ -24,7 +24,7 @@ _FORGET = 0.99  # of what was learned, at each layer
 _EVERY = 8  # layers between two solutions
 _PRIOR = 1e-3  # layers: what is not seen costs nothing
 _DOWN, _UP = 0.3, 0.001  # how fast the least seconds follow lower and higher ones
-_EXPLORED = 32  # layers: of so many some leave experts where they are
+_EXPLORED = 32  # layers: of so many some are planned to learn from
 _AT_FIRST, _AGAIN = 8, 2
 _MOST = 0.9  # of an expert's time on the CPU
 _STEP = 1e-6  # seconds: finer differences make no new tables
@@ -55,10 +55,11 @@ class HostTime:
 
     @property
     def explores(self) -> bool:
-        """Whether this layer should leave experts where they are.
+        """Whether this layer should leave experts where they are: it shows `b`, as plans that balance do not."""
+        return self._tries and self._turns % 2 == 0
 
-        Plans that always balance both sides would show neither `a` nor `b`.
-        """
+    @property
+    def _tries(self) -> bool:
         return self._turns % _EXPLORED < (_AGAIN if self._turns >= _EXPLORED else _AT_FIRST)
 
     def begin(self, tokens: int) -> None:
@@ -96,7 +97,9 @@ class HostTime:
                 adjusted.setflags(write=False)
                 self._adjusted = cpu, each, adjusted
             cpu = self._adjusted[2]
-        return replace(costs, cpu=cpu, cpu_start=costs.cpu_start + job + active * each + self.lag, join=0.0)
+        # every other layer that explores gives the CPU as much as if there were no lag: this shows `a`
+        lag = 0.0 if self._tries and not self.explores else self.lag
+        return replace(costs, cpu=cpu, cpu_start=costs.cpu_start + job + active * each + lag, join=0.0)
 
 
 def _towards(least: float, seconds: float) -> float:
