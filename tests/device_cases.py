@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel, set_seed
+from transformers import DynamicCache, PreTrainedModel, set_seed
 
 import moe_offload
-from moe_offload.attention_layers import attention_layers
+from moe_offload.attention_layers import schedulable_layers
 from moe_offload.device_modules import device_bytes
 from moe_offload.device_side import DeviceSide
 from moe_offload.layer_tensors import LayerTensors
@@ -82,9 +82,18 @@ def budget(folder: Path, slots: int, contexts: int = 1) -> int:
     """
     model = on_cpu(folder)
     record = model.offload.spec.layers[0].bytes_per_expert("f32") + 256
-    layers = attention_layers(model)
-    kept = [layer.width for layer in layers if not layer.schedulable] + [max(layer.width for layer in layers)]
-    return dense_bytes(folder) + slots * record * 17 // 16 + contexts * 256 * sum(kept) * 4
+    sizes = position_bytes(model)
+    kept = [size for size, movable in zip(sizes, schedulable_layers(model), strict=True) if not movable]
+    return dense_bytes(folder) + slots * record * 17 // 16 + contexts * 256 * (sum(kept) + max(sizes))
+
+
+def position_bytes(model: PreTrainedModel) -> list[int]:
+    """What each layer's KV cache takes for one token, as transformers has it."""
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(torch.tensor([[5, 6]]), past_key_values=cache)
+    tensors = [[getattr(layer, name, None) for name in ("keys", "values")] for layer in cache.layers]
+    return [sum(each.nbytes for each in pair if torch.is_tensor(each)) // 2 for pair in tensors]
 
 
 @contextmanager
