@@ -58,4 +58,5 @@ def padding_mask(mask: Any, length: int) -> torch.Tensor | None:
         raise ValueError(f"no mask of tokens: {type(mask).__name__}")
     if mask.dim() == 4:  # [B, 1, queries, keys]: what the last query sees
         mask = mask[:, 0, -1] if mask.dtype == torch.bool else mask[:, 0, -1] == 0
-    return mask[:, :length].to("cpu")
+    found: torch.Tensor = mask[:, :length].to("cpu")
+    return found
