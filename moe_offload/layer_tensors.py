@@ -188,8 +188,9 @@ class LayerTensors:
             "row tokens": 8 * choices, "row weights": 4 * choices, "output of the CPU's experts": state,
         }  # fmt: skip
         arena = self._accelerator.host_arena(sum(nbytes + 4096 for nbytes in sizes.values()))
-        self._staging = _Staging(size, arena, *(arena.take(nbytes, name) for name, nbytes in sizes.items()), out)
-        return self._staging
+        buffers = [arena.take(nbytes, name) for name, nbytes in sizes.items()]
+        self._staging = staging = _Staging._make((size, arena, *buffers, out))
+        return staging
 
     def close(self) -> None:
         """Give the memory back; what uses it must have passed."""
