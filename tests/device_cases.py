@@ -84,7 +84,7 @@ def budget(folder: Path, slots: int, contexts: int = 1) -> int:
     record = model.offload.spec.layers[0].bytes_per_expert("f32") + 256
     sizes = position_bytes(model)
     kept = [size for size, movable in zip(sizes, schedulable_layers(model), strict=True) if not movable]
-    return dense_bytes(folder) + slots * record * 17 // 16 + contexts * 256 * (sum(kept) + max(sizes))
+    return dense_bytes(folder) + int(slots * record * 17 // 16) + contexts * 256 * (sum(kept) + max(sizes))
 
 
 def position_bytes(model: PreTrainedModel) -> list[int]:
@@ -120,7 +120,7 @@ def on_device(
 def side_of(model: PreTrainedModel) -> DeviceSide:
     """The device's side of a model that has one."""
     side = model.offload.device
-    assert side is not None
+    assert isinstance(side, DeviceSide)
     return side
 
 

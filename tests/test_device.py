@@ -2,10 +2,11 @@
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig, PreTrainedModel, pipeline
+from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel, pipeline
 
 from tests import tiny_models
 from tests.cli_model import make_tokenizer
@@ -83,6 +84,22 @@ def test_assisted_by_a_model_on_another_device(folder: Path, model: PreTrainedMo
         assert generate(model, ids) == expected(folder, ids)
 
 
+def test_continuous_batching(folder: Path) -> None:
+    """With transformers' own attention, which knows its paged cache, in a thread of its own."""
+    prompts = [tiny_models.token_ids(1, n, seed=n)[0].tolist() for n in (4, 7, 11)]
+    config = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    small = ContinuousBatchingConfig(num_blocks=32, max_batch_tokens=64)
+    with on_device(folder, 12) as model:
+        with pytest.raises(ValueError, match="'sdpa'"):
+            model.generate_batch(prompts, generation_config=config, continuous_batching_config=small)
+        model.set_attn_implementation("sdpa")
+        results = model.generate_batch(prompts, generation_config=config, continuous_batching_config=small)
+        found = [list(result.generated_tokens) for result in results.values()]
+        assert side_of(model).dispatcher.counts.steps > 0
+    wanted = [expected(folder, torch.tensor([prompt]), max_new_tokens=6)[0] for prompt in prompts]
+    assert found == [tokens[len(prompt) :] for prompt, tokens in zip(prompts, wanted, strict=True)]
+
+
 def test_threads_at_once(folder: Path, model: PreTrainedModel) -> None:
     ids = [tiny_models.token_ids(1 + n % 2, 9, seed=n) for n in range(3)]
     wanted = [expected(folder, i) for i in ids]
@@ -128,7 +145,7 @@ def test_odd_calls_of_an_experts_module(folder: Path, model: PreTrainedModel) ->
 def test_packed_experts(weights: str, bound: float, checkpoint: Checkpoints) -> None:
     """Both sides compute with the same packed weights; with f32 activations only the order of sums differs."""
     folder = checkpoint("mixtral", hidden_size=64, intermediate_size=96)
-    options = dict(weights=weights, activations="f32", dense="stored")
+    options: dict[str, Any] = dict(weights=weights, activations="f32", dense="stored")
     ids = tiny_models.token_ids(2, 11)
     with on_device(folder, 4, **options) as model, torch.no_grad():
         reference = on_cpu(folder, **options)
@@ -152,7 +169,7 @@ def test_bf16_within_its_rounding(family: str, checkpoint: Checkpoints) -> None:
 def test_mxfp4_as_stored(tmp_path: Path) -> None:
     """gpt-oss as published: packed experts with biases; bf16 around them."""
     folder = mxfp4_checkpoint(tmp_path)
-    options = dict(activations="f32", dense="stored")
+    options: dict[str, Any] = dict(activations="f32", dense="stored")
     ids = tiny_models.token_ids(2, 11)
     with on_device(folder, 8, **options) as model, torch.no_grad():
         cpu, found = on_cpu(folder, **options)(ids).logits.float(), model(ids).logits.float()

@@ -312,7 +312,7 @@ def test_interrupted_in_the_midst_of_a_layer(
         assert not any(record.holds for record in side.store._tier.records.values())
 
 
-def test_a_disk_that_fails_ends_a_generation_and_nothing_else(folder: Path) -> None:
+def test_a_disk_that_fails_ends_a_generation_and_nothing_else(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = tiny_models.token_ids(2, 20)
     with on_device(folder, 12, policy="lru", ram=10 * 12288) as model:
         source = side_of(model).store._source
@@ -325,7 +325,7 @@ def test_a_disk_that_fails_ends_a_generation_and_nothing_else(folder: Path) -> N
                 raise OSError("a test's disk does not answer")
             usual(*args)
 
-        source.read_into = read_into  # type: ignore[method-assign]
+        monkeypatch.setattr(source, "read_into", read_into)
         with pytest.raises(OSError, match="does not answer"):
             generate(model, ids)
         assert generate(model, ids) == expected(folder, ids)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import pytest
@@ -17,6 +17,7 @@ from moe_offload.dispatcher import Dispatcher, Parts
 from moe_offload.prefetcher import Prefetcher
 from moe_offload.scheduling.cost_model import CostModel
 from moe_offload.scheduling.forecast import Popularity
+from moe_offload.scheduling.guard import Guard
 from moe_offload.scheduling.policies import POLICIES, find_policy
 from moe_offload.transfer.accelerator import OutOfDeviceMemoryError, Work
 from moe_offload.transfer.copy_queue import CopyQueue
@@ -73,7 +74,7 @@ class Naive:
 
         def look(*records: torch.Tensor) -> None:
             for expert, record in zip(experts, records, strict=True):
-                assert record[0::2].unique().tolist() == [self.layer] and record[1::2].unique().tolist() == [expert]
+                assert (record[0::2] == self.layer).all() and (record[1::2] == expert).all()
 
         size = SIZES[self.layer % 2]
         reads = [self.slots.buffer(slot).part(0, size) for slot in slots]
@@ -100,7 +101,8 @@ class Says:
     """A guard that says what it was told to say, step after step."""
 
     def __init__(self, modes: str) -> None:
-        self.modes, self.step, self.told = modes, 0, []  # type: ignore[var-annotated]
+        self.modes, self.step = modes, 0
+        self.told: list[tuple[int, str]] = []
 
     def mode(self, tokens: int) -> Literal["dynamic", "static"]:
         self.step += 1
@@ -132,8 +134,9 @@ class World:
             self.accelerator, self.slots, self.cache, self.queue, self.store, costs, [f"{size}" for size in sizes],
             sizes, Popularity(layers, experts),
         )  # fmt: skip
-        self.guard: Any = Says(guard) if guard else None
-        self.dispatcher = Dispatcher(parts, chosen, self.guard, overlap=overlap)
+        said = Says(guard)
+        self.guard = said
+        self.dispatcher = Dispatcher(parts, chosen, cast(Guard, said) if guard else None, overlap=overlap)
         if chosen.placement != "empty":
             for at in range(min(slots - (chosen.placement == "static"), layers * experts)):
                 self.dispatcher.fill(at % layers, at // layers)
