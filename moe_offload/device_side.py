@@ -29,7 +29,8 @@ from moe_offload.device_costs import measure_costs
 from moe_offload.device_kv import AttentionWork, SlotBook
 from moe_offload.device_modules import DeviceModules, device_bytes
 from moe_offload.device_stats import DeviceStats, device_stats
-from moe_offload.dispatcher import Dispatcher, Parts
+from moe_offload.dispatch_parts import Parts
+from moe_offload.dispatcher import Dispatcher
 from moe_offload.gpu_kernels.torch_experts import DeviceActivation, DeviceRecord, TorchExperts
 from moe_offload.kv_placement import KvPlacement
 from moe_offload.layer_tensors import LayerParts, LayerTensors

@@ -16,73 +16,24 @@ Nothing here knows tensors: `LayerWork` does what is decided. The same code runs
 
 import itertools
 from collections import deque
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moe_offload.copies import Copies
 from moe_offload.device_counts import DeviceCounts, LayerTimes
+from moe_offload.dispatch_parts import LayerWork, Parts
 from moe_offload.prefetcher import Prefetcher
-from moe_offload.scheduling.cost_model import CostModel
-from moe_offload.scheduling.forecast import Forecast
 from moe_offload.scheduling.guard import Guard
 from moe_offload.scheduling.host_time import HostTime
 from moe_offload.scheduling.layer_plan import COMING, CPU, FETCH, HOST, SLOT, LayerPlan, LayerState
 from moe_offload.scheduling.policies import Policy, plan_static
 from moe_offload.scheduling.prefetch import savings
-from moe_offload.transfer.accelerator import Accelerator, Buffer, Event
-from moe_offload.transfer.copy_orders import Transfer
-from moe_offload.transfer.copy_queue import CopyQueue
-from moe_offload.transfer.device_slots import DeviceSlots
+from moe_offload.transfer.accelerator import Event
 from moe_offload.transfer.expert_cache import COMING as ON_ITS_WAY
-from moe_offload.transfer.expert_cache import ExpertCache
-from moe_offload.transfer.expert_store import HostMemoryFullError
 
 NOT_FETCHABLE = -1e9  # seconds: the value of fetching what is on disk only, for planners that weigh
-
-
-class LayerWork(Protocol):
-    """Does one layer's work. Positions are those of the active experts."""
-
-    def on_device(self, positions: NDArray[np.int64], slots: Sequence[int]) -> None:
-        """Enqueue these experts on the compute stream; their bytes are in the slots by then."""
-
-    def on_cpu(self, positions: NDArray[np.int64]) -> None:
-        """Run these experts on the calling thread's team, and return when they are through."""
-
-    def join(self, *, cpu: bool) -> None:
-        """Enqueue what makes the layer's output of both shares; `cpu`: whether the CPU has one."""
-
-
-class HostRecords(Protocol):
-    """Expert records in host memory that copies may read."""
-
-    def hold(self, layer: int, expert: int) -> Buffer:
-        """The record, in host memory until `release`; read from disk where it is not here."""
-
-    def release(self, layer: int, expert: int, after: Event | None = None) -> None:
-        """The record may be replaced once `after` has passed."""
-
-    def is_here(self, layer: int) -> NDArray[np.bool_]:
-        """[E] which records are in host memory."""
-
-    def read_ahead(self, keys: Iterable[tuple[int, int]]) -> int:
-        """These will be asked for; how many are being read."""
-
-
-class Parts(NamedTuple):
-    """What the dispatcher works with; all of one model."""
-
-    accelerator: Accelerator
-    slots: DeviceSlots
-    cache: ExpertCache
-    queue: CopyQueue[tuple[int, int]]
-    records: HostRecords
-    costs: CostModel
-    kinds: Sequence[str]  # [L] the cost model's name of each layer's experts
-    record_bytes: Sequence[int]  # [L]
-    forecast: Forecast
 
 
 class _Pending(NamedTuple):
@@ -110,7 +61,7 @@ class Dispatcher:
         self._tokens = 0  # of the step; 0: none is open
         self._last_tokens = 1
         self._layer = -1
-        self._slot_of_key: dict[tuple[int, int], int] = {}  # of copies on their way
+        self.copies = Copies(parts)
         self._pending: deque[_Pending] = deque()
         self._unfinished = False  # a layer was begun and did not end
         self._stalls: list[tuple[Event, Event]] = []  # of the device, for copies, in this layer
@@ -132,7 +83,7 @@ class Dispatcher:
         was = self.dynamic
         self.dynamic = self.guard is None or self.guard.mode(tokens) == "dynamic"
         if was and not self.dynamic:
-            self.cancel_prefetches()
+            self.copies.cancel_all()
 
     def end_step(self) -> None:
         """The forward pass is through. The next one ends it too; then what lies in between counts as its time."""
@@ -145,11 +96,6 @@ class Dispatcher:
         self.counts.step_seconds += seconds
         self._tokens = 0
 
-    def cancel_prefetches(self) -> None:
-        """Call off what waits to be copied; what is on its way arrives."""
-        for key in list(self._slot_of_key):
-            self._call_off(key)
-
     # The cache as a whole
 
     def fill(self, layer: int, expert: int) -> None:
@@ -157,11 +103,11 @@ class Dispatcher:
         placement = self.parts.cache.place(layer, expert)
         if placement is None or placement.evicted is not None:
             raise ValueError(f"there is no empty slot for expert {expert} of layer {layer}")
-        self.parts.queue.fetch(self._transfer(layer, expert, placement.slot))
+        self.copies.fetch((layer, expert), placement.slot)
 
     def finish_filling(self, *, pin: bool) -> None:
         """Wait for what `fill` began; `pin`: what is in a slot now stays there for good."""
-        self._drain()
+        self.copies.drain()
         if pin:
             cache = self.parts.cache
             for slot in range(cache.slots):
@@ -172,8 +118,8 @@ class Dispatcher:
         """Have at most `slots` slots, or as many more as fit. Waits for the device."""
         if self._unfinished:
             self._mend()
-        self.cancel_prefetches()
-        self._drain()
+        self.copies.cancel_all()
+        self.copies.drain()
         self.parts.accelerator.compute.synchronize()
         self._learn_device()
         if self.prefetcher is not None:
@@ -196,26 +142,9 @@ class Dispatcher:
         ]  # fmt: skip
         return np.sort(np.concatenate(saved))[::-1]
 
-    def _drain(self) -> None:
-        """Wait for all copies that are submitted."""
-        for key in list(self._slot_of_key):
-            event = self.parts.queue.ready(key)
-            if event is not None:
-                event.synchronize()
-        self._note_arrivals()
-
     def _mend(self) -> None:
-        """A layer ended half way, by an error or Ctrl-C: what is on its way arrives, what was never begun is undone."""
-        parts = self.parts
-        for key in [key for key in self._slot_of_key if key not in parts.queue]:
-            parts.records.release(*key)
-            del self._slot_of_key[key]
-        self.cancel_prefetches()
-        self._drain()
-        parts.accelerator.compute.synchronize()
-        for slot in range(parts.cache.slots):
-            if parts.cache.state_of(slot) == ON_ITS_WAY:
-                parts.cache.abandon(slot)
+        """A layer ended half way, by an error or Ctrl-C."""
+        self.copies.mend()
         self._stalls.clear()
         self._unfinished = False
 
@@ -238,7 +167,7 @@ class Dispatcher:
         elif self._last_end is not None and self._last_end.query():
             self.host_time.observe_turn(began - self._host_through, began - self._last_end.time())
         self._layer = layer
-        self._note_arrivals()
+        self.copies.note_arrivals()
         self._learn_device()
         if self.prefetcher is not None:
             self.prefetcher.settle(layer, experts)
@@ -302,7 +231,7 @@ class Dispatcher:
         """Enqueue the device's share. Returns the positions that the CPU is to run."""
         experts = state.experts
         for position in np.flatnonzero((plan.action == CPU) & (state.where != SLOT) & (slots >= 0)):
-            self._call_off((layer, int(experts[position])))
+            self.copies.call_off((layer, int(experts[position])))
         slot_of = dict(enumerate(slots.tolist()))
         protected = self.prefetcher.protected(layer) if self.prefetcher is not None else set()
         protected.update(slot_of[p] for p in plan.gpu_order.tolist() if plan.action[p] != FETCH)
@@ -326,7 +255,7 @@ class Dispatcher:
             before = self.parts.accelerator.compute.record(timed=True)
             for position in group:
                 arriving.popleft()
-                event = self._copy_event(layer, int(experts[position]))
+                event = self.copies.event((layer, int(experts[position])))
                 if event is not None:
                     self.parts.accelerator.compute.wait(event)
             self._stalls.append((before, self.parts.accelerator.compute.record(timed=True)))
@@ -356,9 +285,9 @@ class Dispatcher:
                     return
                 slot_of[waiting.popleft()] = placement.slot
                 protected.add(placement.slot)
-                self.parts.queue.fetch(self._transfer(layer, expert, placement.slot))
+                self.copies.fetch((layer, expert), placement.slot)
             if not self.overlap:
-                event = self._copy_event(layer, expert)
+                event = self.copies.event((layer, expert))
                 if event is not None:
                     event.synchronize()
 
@@ -384,57 +313,6 @@ class Dispatcher:
         if not self.overlap:
             end.synchronize()
 
-    # Copies
-
-    def _transfer(self, layer: int, expert: int, slot: int) -> Transfer[tuple[int, int]]:
-        key = (layer, expert)
-        try:
-            record = self._hold(layer, expert)
-        except BaseException:
-            self.parts.cache.abandon(slot)
-            raise
-        self._slot_of_key[key] = slot
-        size = self.parts.record_bytes[layer]
-        return Transfer(
-            key, record, self.parts.slots.buffer(slot).part(0, size), self.parts.slots.last_read(slot)
-        )  # fmt: skip
-
-    def _hold(self, layer: int, expert: int) -> Buffer:
-        """The record, in host memory until its copy is over. Where all there are are held by copies, some end first."""
-        while True:
-            try:
-                return self.parts.records.hold(layer, expert)
-            except HostMemoryFullError:
-                if not self._end_a_copy(layer):
-                    raise
-
-    def _end_a_copy(self, layer: int) -> bool:
-        """Call off a copy for another layer that waits, or wait for one on its way; False where there is none."""
-        queue = self.parts.queue
-        for key in queue.waiting:
-            if key[0] != layer:
-                self._call_off(key)
-                return True
-        for key in self._slot_of_key:
-            event = queue.ready(key)
-            if event is not None:
-                event.synchronize()
-                self._note_arrivals()
-                return True
-        for key in self._slot_of_key:  # prefetched for this layer: wanted, or soon
-            queue.promote(key)
-            return True
-        return False
-
-    def _copy_event(self, layer: int, expert: int) -> Event | None:
-        """The event behind a copy that was submitted; None where it has arrived: the compute stream knows."""
-        key = layer, expert
-        if key not in self.parts.queue:
-            return None
-        event = self.parts.queue.ready(key)
-        assert event is not None
-        return event
-
     def _prefetch(self, layer: int, expert: int, priority: float, better_than: float | None) -> int | None:
         """Let an expert be copied when the link has time; its slot, or None where no slot is worth less."""
         assert self.prefetcher is not None
@@ -443,25 +321,10 @@ class Dispatcher:
         )
         if placement is None:
             return None
-        self.parts.queue.prefetch(self._transfer(layer, expert, placement.slot), priority)
+        self.copies.prefetch((layer, expert), placement.slot, priority)
         return placement.slot
 
-    def _call_off(self, key: tuple[int, int]) -> None:
-        """Cancel a copy on its way unless it is wholly submitted."""
-        slot = self._slot_of_key[key]
-        cancelled = self.parts.queue.cancel(key)
-        if cancelled is None:
-            return
-        if cancelled.passed is not None:
-            self.parts.slots.read_until(slot, cancelled.passed)
-        self.parts.cache.abandon(slot)
-        self.parts.records.release(*key, cancelled.passed)
-        del self._slot_of_key[key]
-
-    def _note_arrivals(self) -> None:
-        for key, event in self.parts.queue.arrivals():
-            self.parts.cache.arrived(self._slot_of_key.pop(key))
-            self.parts.records.release(*key, event)
+    # What was measured
 
     def _learn_link(self) -> None:
         queue, nbytes = self.parts.queue, max(self.parts.record_bytes)

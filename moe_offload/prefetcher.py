@@ -20,7 +20,7 @@ from moe_offload.transfer.eviction import Score
 from moe_offload.transfer.expert_cache import READY
 
 if TYPE_CHECKING:
-    from moe_offload.dispatcher import Parts
+    from moe_offload.dispatch_parts import Parts
 
 HORIZON = 3  # layers
 READ_AHEAD = 8  # experts of a layer at once, from disk

@@ -12,6 +12,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
+from moe_offload.copies import Copies
 from moe_offload.dispatcher import Dispatcher
 from moe_offload.layer_tensors import LayerTensors
 from moe_offload.transfer.accelerator import DeviceLostError, OutOfDeviceMemoryError
@@ -94,32 +95,35 @@ def test_lost_with_caches_of_other_kinds(family: str, checkpoint: Checkpoints) -
         assert model.offload.device is None
 
 
-def turns(model: PreTrainedModel, between: Callable[[], None]) -> list[list[int]]:
+def turns(model: PreTrainedModel, between: Callable[[DynamicCache], None]) -> list[list[int]]:
     """A conversation that goes on with the KV cache of its first turn."""
     cache = DynamicCache(config=model.config)
     first = torch.tensor(generate(model, tiny_models.token_ids(1, 7), past_key_values=cache))
-    between()
+    between(cache)
     return generate(model, torch.cat([first, tiny_models.token_ids(1, 5, seed=1)], dim=1), past_key_values=cache)
 
 
 @pytest.mark.parametrize("moment", ["between", "soon after", "later"])
 def test_a_conversation_goes_on_without_the_device(moment: str, folder: Path) -> None:
-    wanted = turns(on_cpu(folder), lambda: None)
+    wanted = turns(on_cpu(folder), lambda cache: None)
     with on_device(folder, 20) as model:
         after = {"between": 0, "soon after": 30, "later": 120}[moment]
-        assert turns(model, lambda: virtual(model).fail_after(after)) == wanted
+        assert turns(model, lambda cache: virtual(model).fail_after(after)) == wanted
         assert model.offload.device is None
 
 
 def test_a_cache_that_outlives_its_device(folder: Path) -> None:
-    """The device is lost in one conversation, and another goes on later."""
-    wanted = turns(on_cpu(folder), lambda: None)
+    """The device is lost in one conversation, with all that it held, and another goes on later."""
+    wanted = turns(on_cpu(folder), lambda cache: None)
     with on_device(folder, 20) as model:
 
-        def lose() -> None:
+        def lose(cache: DynamicCache) -> None:
             virtual(model).fail_after(3)
             generate(model, tiny_models.token_ids(2, 4))
             assert model.offload.device is None
+            for layer in cache.layers:
+                layer.keys.fill_(torch.nan)
+                layer.values.fill_(torch.nan)
 
         assert turns(model, lose) == wanted
 
@@ -281,8 +285,8 @@ def test_interrupted_between_tokens(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
-        (LayerTensors, "on_device"), (LayerTensors, "join"), (Dispatcher, "_launch"), (Dispatcher, "_transfer"),
-        (Dispatcher, "_note_arrivals"), (Dispatcher, "_state"), (ExpertCache, "place"), (CopyQueue, "_submit"),
+        (LayerTensors, "on_device"), (LayerTensors, "join"), (Dispatcher, "_launch"), (Copies, "_transfer"),
+        (Copies, "note_arrivals"), (Dispatcher, "_state"), (ExpertCache, "place"), (CopyQueue, "_submit"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("policy", ["lru", "makespan-greedy"])
@@ -308,7 +312,7 @@ def test_interrupted_in_the_midst_of_a_layer(
         side = side_of(model)
         side.dispatcher.resize(2)
         check(side)
-        assert not side.dispatcher._slot_of_key
+        assert not side.dispatcher.copies
         assert not any(record.holds for record in side.store._tier.records.values())
 
 
@@ -348,7 +352,7 @@ def test_a_slot_that_is_overwritten_before_its_reader_is_through(
 
 
 def test_experts_that_run_before_their_copy_is_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Dispatcher, "_copy_event", lambda self, layer, expert: None)
+    monkeypatch.setattr(Copies, "event", lambda self, key: None)
     with on_device(folder, 4, policy="lru") as model, pytest.raises(RaceError, match="not ordered after the write"):
         generate(model, tiny_models.token_ids(2, 11))
 

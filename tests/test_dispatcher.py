@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from moe_offload.copies import Copies
 from moe_offload.device_costs import Kind, _virtual_costs
-from moe_offload.dispatcher import Dispatcher, Parts
+from moe_offload.dispatch_parts import Parts
+from moe_offload.dispatcher import Dispatcher
 from moe_offload.prefetcher import Prefetcher
 from moe_offload.scheduling.cost_model import CostModel
 from moe_offload.scheduling.forecast import Popularity
@@ -205,7 +207,7 @@ def test_every_active_expert_runs_once_on_its_own_bytes(data: st.DataObject) -> 
                 made.dispatcher.resize(data.draw(st.integers(2, layers * experts + 2), "size"))
                 made.check()
         made.dispatcher.resize(2)
-        assert not made.dispatcher._slot_of_key
+        assert not made.dispatcher.copies
         assert not any(record.holds for record in made.store._tier.records.values())
 
 
@@ -225,7 +227,7 @@ def test_whatever_ended_half_way_the_next_layer_is_right(
                     break
                 assert sorted(work.on_gpu + work.on_host) == sorted(active)
         made.dispatcher.resize(2)
-        assert not made.dispatcher._slot_of_key
+        assert not made.dispatcher.copies
         assert not any(record.holds for record in made.store._tier.records.values())
 
 
@@ -306,7 +308,7 @@ def test_a_device_without_memory_for_more_slots() -> None:
 
 
 def test_a_dispatcher_that_does_not_wait_for_copies_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Dispatcher, "_copy_event", lambda self, layer, expert: None)
+    monkeypatch.setattr(Copies, "event", lambda self, key: None)
     with pytest.raises(RaceError, match="not ordered after the write"), world("lru", 2, 8, 6) as made:
         made.run(0, range(4), 2)
 

@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 
 from benchmarks.servers.routing import Choices
 from benchmarks.servers.shapes import Shape
-from moe_offload.dispatcher import Dispatcher, Parts
+from moe_offload.dispatch_parts import Parts
+from moe_offload.dispatcher import Dispatcher
 from moe_offload.scheduling.calibration import calibrate
 from moe_offload.scheduling.cost_model import CostModel
 from moe_offload.scheduling.forecast import Forecast, PerfectForecast, RoutedCall
