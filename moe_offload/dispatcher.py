@@ -33,6 +33,7 @@ from moe_offload.scheduling.prefetch import savings
 from moe_offload.transfer.accelerator import Event
 from moe_offload.transfer.expert_cache import COMING as ON_ITS_WAY
 
+DEARER = 1.1  # how much longer a layer may take for something to be learned from it
 NOT_FETCHABLE = -1e9  # seconds: the value of fetching what is on disk only, for planners that weigh
 
 
@@ -174,11 +175,12 @@ class Dispatcher:
         slots = parts.cache.lookup(layer, experts, max(self.step, 0))
         state = self._state(layer, experts, rows, tokens, slots)
         costs = parts.costs.layer_costs(parts.kinds[layer])
-        planner = self.policy.planner if self.dynamic else plan_static
         if self.prefetcher is not None and self.dynamic:
             costs = self.host_time.adjust(costs, len(experts))
-            planner = plan_static if self.host_time.explores else planner
-        plan = planner(state, costs)
+        plan = (self.policy.planner if self.dynamic else plan_static)(state, costs)
+        if self.prefetcher is not None and self.dynamic and self.host_time.explores:
+            left = plan_static(state, costs)
+            plan = left if left.seconds <= DEARER * plan.seconds else plan
         planned = clock()
         self._last_end = None
         cpu = self._dispatch(layer, state, plan, slots, work)
