@@ -47,7 +47,7 @@ DENSE_LAUNCHES = 10
 EXPERT_LAUNCHES = 3
 FORESEEN = 8  # steps that the oracle knows
 NEXT_ONLY = "oracle-next"  # an oracle that knows the next call of every layer, and nothing beyond
-ADAPTING = 6  # steps for caches to take the shape that their policy gives them
+ADAPTING = 4  # steps for caches to take the shape that their policy gives them
 STREAM_SLOTS = 8  # of a static placement that fetches: where fetched experts take turns
 
 
