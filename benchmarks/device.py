@@ -37,7 +37,7 @@ def generate(model: Any, ids: torch.Tensor, new_tokens: int) -> torch.Tensor:
 
 def run(folder: Path, device: str, memory: int, policy: str, ids: torch.Tensor, new_tokens: int) -> dict[str, Any]:
     """One policy: a warm-up generation, then one that is measured on the accelerator's clock."""
-    model = moe_offload.load(folder, device=device, gpu_memory=memory, policy=policy)
+    model = moe_offload.load(folder, device=device, gpu_memory=memory, policy=policy, weights="bf16")
     with model.offload as engine:
         generate(model, ids, new_tokens)
         before = engine.stats()
@@ -79,7 +79,7 @@ def main(
     folder = make_checkpoint(work_dir, "small" if smoke else "qwen3", 2 if smoke else layers, progress)
     ids = torch.randint(3, 8000, (batch, prompt_tokens), generator=torch.Generator().manual_seed(0))
     progress("the CPU alone")
-    model = moe_offload.load(folder, device="cpu", fused_decode=False)
+    model = moe_offload.load(folder, device="cpu", fused_decode=False, weights="bf16")
     expected = generate(model, ids, new_tokens)
     experts = model.offload.spec.expert_bytes("bf16")
     others = sum(p.numel() * p.itemsize for p in model.parameters())

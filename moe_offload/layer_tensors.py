@@ -187,7 +187,11 @@ class LayerTensors:
             "hidden states": state, "routing": 8 * choices, "routing weights": 4 * choices,
             "row tokens": 8 * choices, "row weights": 4 * choices, "output of the CPU's experts": state,
         }  # fmt: skip
-        arena = self._accelerator.host_arena(sum(nbytes + 4096 for nbytes in sizes.values()))
+        try:
+            arena = self._accelerator.host_arena(sum(nbytes + 4096 for nbytes in sizes.values()))
+        except MemoryError:
+            self._accelerator.free(out)
+            raise
         buffers = [arena.take(nbytes, name) for name, nbytes in sizes.items()]
         self._staging = staging = _Staging._make((size, arena, *buffers, out))
         return staging

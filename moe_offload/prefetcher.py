@@ -94,8 +94,8 @@ class Prefetcher:
         fed = queue.feed(pace) / self._parts.record_bytes[layer]
         spent = self._parts.accelerator.now() - now
         if fed:
-            each = max(spent - self._idle, 0.0) / fed
-            self._host += NEWEST * (each - self._host) if self._host else each
+            one = max(spent - self._idle, 0.0) / fed
+            self._host += NEWEST * (one - self._host) if self._host else one
         else:
             self._idle += NEWEST * (spent - self._idle) if self._idle else spent
         self._read_ahead((layer + 1) % self._layers, tokens, copy)

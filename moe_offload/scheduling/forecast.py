@@ -155,7 +155,7 @@ class PerfectForecast:
         if not coming:
             return self._nothing
         calls = min(len(coming), self._foreseen)
-        return np.mean([coming[at] > 0 for at in range(calls)], axis=0)
+        return np.asarray(np.mean([coming[at] > 0 for at in range(calls)], axis=0))
 
     def expected_rows(self, layer: int, tokens: int) -> NDArray[np.float64]:
         """[E] the rows that the layer's next call will have."""

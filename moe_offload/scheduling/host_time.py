@@ -85,7 +85,7 @@ class HostTime:
 
     def adjust(self, costs: LayerCosts, active: int) -> LayerCosts:
         """Costs of a layer of `active` experts for a planner."""
-        job, each, _ = self._enqueue
+        job, each, _ = self._enqueue.tolist()
         # An expert that the CPU takes is one that need not be enqueued. Planners want positive times, so where
         # enqueueing takes longer than the CPU does, only so much of it is told.
         each = min(round(each / _STEP) * _STEP, _MOST * float(costs.cpu[1]))
