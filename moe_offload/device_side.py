@@ -329,6 +329,8 @@ class DeviceSide:
             self.queue.close()
             self.store.close()
             self.accelerator.close()
+            self.slots.forget()
+            self._tensors.forget()
 
 
 def compile_planners(progress: Progress | None) -> None:

@@ -196,6 +196,10 @@ class LayerTensors:
         self._staging = staging = _Staging._make((size, arena, *buffers, out))
         return staging
 
+    def forget(self) -> None:
+        """The accelerator is closed, and all its memory with it: keep none of it alive."""
+        self._staging, self._reserved = None, 0
+
     def close(self) -> None:
         """Give the memory back; what uses it must have passed."""
         if self._staging is not None:

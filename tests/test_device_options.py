@@ -141,6 +141,20 @@ def test_close_leaves_no_trace_of_the_device(folder: Path) -> None:
     assert not accelerator._arenas or all(not arena.nbytes for arena in accelerator._arenas)
 
 
+def test_a_closed_model_keeps_no_slots_alive(folder: Path) -> None:
+    """Not even until the garbage collector comes by: a second load would find the memory taken."""
+    with on_device(folder, 8) as model:
+        side = side_of(model)
+        slots = [weakref.ref(side.slots.buffer(slot).tensor) for slot in range(len(side.slots))]  # type: ignore[attr-defined]
+        generate(model, tiny_models.token_ids(1, 5))
+        gc.disable()
+        try:
+            model.offload.close()
+            assert not any(slot() is not None for slot in slots)
+        finally:
+            gc.enable()
+
+
 def test_closed_while_others_generate(folder: Path) -> None:
     with on_device(folder, 8) as model:
         problems: list[str] = []

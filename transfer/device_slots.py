@@ -88,6 +88,12 @@ class DeviceSlots:
             left += count
         return left
 
+    def forget(self) -> None:
+        """The accelerator is closed, and all its memory with it: keep none of it alive."""
+        self._slabs.clear()
+        self._slots.clear()
+        self._last_read.clear()
+
     def shrink(self, slots: int) -> int:
         """Free slabs until at most `slots` slots are left; returns how many. What reads the freed ones must have
         passed.

@@ -201,6 +201,7 @@ class VirtualArena(HostArena):
         for buffer in self._taken:
             if buffer.allocation.live:
                 buffer.allocation.release(buffer)
+        self._taken.clear()  # they keep their bytes as long as somebody has them
         self.nbytes = 0
 
 
