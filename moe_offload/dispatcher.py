@@ -221,8 +221,11 @@ class Dispatcher:
                     ready[position] = parts.queue.ready_in(key)
         value = np.full(len(experts), -self.host_time.fetch)
         value[~parts.records.is_here(layer)[experts]] = NOT_FETCHABLE
-        # one slot is enough: later fetches take slots whose experts have run
-        room = (1 << 30) if parts.cache.room(layer, slots[slots >= 0]) else 0
+        # one slot is enough: later fetches take slots whose experts have run; and those that wait have theirs
+        on_host = where == HOST
+        waiting = int(np.count_nonzero(on_host & (slots >= 0)))
+        enough = waiting == np.count_nonzero(on_host) or parts.cache.room(layer, slots[slots >= 0])
+        room = (1 << 30) if enough else waiting
         return LayerState(
             layer, tokens, experts, rows, where, ready, value, link_busy=parts.queue.backlog(), room=room
         )  # fmt: skip
