@@ -26,6 +26,7 @@ HORIZON = 3  # layers
 READ_AHEAD = 8  # experts of a layer at once, from disk
 PACE = 0.3  # how much the newest interval between layers counts
 DISTINCTLY = 0.5  # of the worth of what is evicted: by how much one to stay is to be worth more, with a single token
+MOST_HELD = 0.25  # of the slots: by what is prefetched and waits, for the link or for its layer
 LEAST_SHARE = 0.02  # of a copy's seconds: what it has to save at least for the expert to be read from disk
 STAY = 8.0  # steps that an expert which is to stay is expected to
 NEWEST = 0.1  # how much the newest measurement of the host's time counts
@@ -87,10 +88,14 @@ class Prefetcher:
         queue = self._parts.queue
         copy = self._parts.costs.layer_costs(self._parts.kinds[layer]).copy
         free = pace - queue.backlog() - copy * len(queue.waiting)
+        # What waits holds its slot, and on-demand fetches need some too.
+        held = max(len(queue.waiting), sum(map(len, self._early.values())))
+        room = copy * max(int(self._parts.cache.slots * MOST_HELD) - held, 0)
         for distance in range(1, min(HORIZON, self._layers - 1) + 1):
-            free = self._stream((layer + distance) % self._layers, tokens, free, prefetch)
-            free += pace
-        self._keep(layer, tokens, free, prefetch)
+            most = min(free, room)
+            used = most - self._stream((layer + distance) % self._layers, tokens, most, prefetch)
+            free, room = free - used + pace, room - used
+        self._keep(layer, tokens, min(free, room), prefetch)
         fed = queue.feed(pace) / self._parts.record_bytes[layer]
         spent = self._parts.accelerator.now() - now
         if fed:
