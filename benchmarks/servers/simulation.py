@@ -47,7 +47,6 @@ DENSE_LAUNCHES = 10
 EXPERT_LAUNCHES = 3
 FORESEEN = 8  # steps that the oracle knows
 NEXT_ONLY = "oracle-next"  # an oracle that knows the next call of every layer, and nothing beyond
-ADAPTING = 4  # steps for caches to take the shape that their policy gives them
 STREAM_SLOTS = 8  # of a static placement that fetches: where fetched experts take turns
 
 
@@ -259,6 +258,10 @@ class Simulation:
             self.dispatcher.fill(int(layer), int(expert))
         self.dispatcher.finish_filling(pin=static)
 
+    def skip(self, steps: int) -> None:
+        """As if so many steps had been run."""
+        self._next += steps * self.shape.layers
+
     def step(self) -> None:
         """One token of every sequence."""
         positions = CONTEXT * self.batch
@@ -283,13 +286,14 @@ class Simulation:
 
 def run_cell(server: str, shape: Shape, policy: str, choices: Choices, steps: Steps, *, guarded: bool) -> Result | None:
     """Decode. None where the model does not fit the card."""
-    # Those who need less to get into their stride begin later, knowing more: all are counted on the same steps.
-    warm = steps.warm if guarded else min(ADAPTING, steps.warm)
     try:
-        simulation = Simulation(server, shape, policy, choices, steps.seen + steps.warm - warm, guarded=guarded)
+        simulation = Simulation(server, shape, policy, choices, steps.seen, guarded=guarded)
     except OutOfDeviceMemoryError:
         return None
-    for _ in range(warm):
+    # what keeps its placement for good needs no more than one
+    adapts = simulation.policy.placement != "static"
+    simulation.skip(0 if adapts else steps.warm - 1)
+    for _ in range(steps.warm if adapts else 1):
         simulation.step()
     return _measure(simulation, steps.counted, simulation.batch)
 
