@@ -23,6 +23,9 @@ class Forecast(Protocol):
     def usual_presence(self, layer: int, tokens: int) -> NDArray[np.float64]:
         """[E] as `presence`, on average over the calls that follow."""
 
+    def fresh(self, layer: int) -> bool:
+        """Whether something is known of the layer's next call alone, that may change before it comes. Costs nothing."""
+
     def observe(self, layer: int, experts: NDArray[Any], rows: NDArray[Any], tokens: int) -> None:
         """What the router chose: the active experts, each once, and the rows of each."""
 
@@ -106,6 +109,10 @@ class Popularity:
         """[E] the expected number of tokens of each expert."""
         return self.share(layer) * tokens
 
+    def fresh(self, layer: int) -> bool:
+        """Never: what is said changes with a layer's own calls only."""
+        return False
+
     def share(self, layer: int) -> NDArray[np.float64]:
         """[E] rows per token."""
         return np.asarray(np.minimum(self._rows[layer] / self._weight[layer], 1.0))
@@ -161,6 +168,10 @@ class PerfectForecast:
         """[E] the rows that the layer's next call will have."""
         coming = self._coming[layer]
         return coming[0] if coming else self._nothing
+
+    def fresh(self, layer: int) -> bool:
+        """Never: what is said changes with a layer's own calls only."""
+        return False
 
     def observe(self, layer: int, experts: NDArray[Any], rows: NDArray[Any], tokens: int) -> None:
         """The layer's next call has come."""
