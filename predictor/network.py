@@ -1,0 +1,172 @@
+"""The learned predictor: gate look-ahead, and a small network for each source that corrects it.
+
+Letters as in trace.py, M units of a network, U its inputs. A network sees, for one token (`Known`):
+
+    look      [D, E]   the source's scores from the next routers: gate look-ahead
+    chosen    [E]      1 for experts that the layer before the source's was routed to (none before layer 0)
+    before    [D, E]   the same of the token before, in the layers that are predicted; zeros where it is not known
+    known     [1]      whether it is
+    state     [P]      the source's projected hidden state, each direction with variance 1
+    earlier   [P]      the same of the token before; zeros for the first
+
+and gives scores [D, E]:
+
+    u = all of these, one behind the other
+    g = silu(gate u + gate_bias) * (up u + up_bias)                      [M]
+    g = g + down_b (silu(inner_b g + inner_bias_b))      for every block b: a depth by group of layers
+    z = look + out g + out_bias
+
+Before training `out` and `out_bias` are zero: the predictor *is* gate look-ahead. Probabilities come from how far a
+score lies above the middle between the K-th and the next: p = sigmoid(slope * margin + shift), fitted on validation
+sequences for every distance, with and without knowledge of the token before.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe_offload.predictor.errors import PredictorError
+from moe_offload.predictor.trace import DISTANCES, Trace
+
+Floats = NDArray[np.float32]
+
+
+class Block(NamedTuple):
+    """A residual block."""
+
+    inner: Floats  # [M, M]
+    inner_bias: Floats  # [M]
+    down: Floats  # [M, M]
+
+
+class SourceNetwork(NamedTuple):
+    """What predicts layers s, s + 1, s + 2 from source s."""
+
+    projection: Floats  # [P, H] of unit variance
+    offset: Floats  # [P]
+    gate: Floats  # [M, U]
+    gate_bias: Floats  # [M]
+    up: Floats  # [M, U]
+    up_bias: Floats  # [M]
+    blocks: tuple[Block, ...]
+    out: Floats  # [D, E, M]
+    out_bias: Floats  # [D, E]
+    slope: Floats  # [2, D]: without and with knowledge of the token before
+    shift: Floats  # [2, D]
+
+
+class Known(NamedTuple):
+    """What is known of n tokens, as described above."""
+
+    look: Floats  # [n, D, E]
+    chosen: Floats  # [n, E]
+    before: Floats  # [n, D, E]
+    known: Floats  # [n]
+    state: Floats  # [n, P]
+    earlier: Floats  # [n, P]
+
+    def inputs(self) -> Floats:
+        """[n, U]"""
+        n = len(self.look)
+        parts = (self.look, self.chosen, self.before, self.known, self.state, self.earlier)
+        return np.concatenate([part.reshape(n, -1) for part in parts], axis=1, dtype=np.float32)
+
+
+def input_size(experts: int, projected: int) -> int:
+    """U"""
+    return (2 * DISTANCES + 1) * experts + 1 + 2 * projected
+
+
+def silu(x: Floats) -> Floats:
+    """x * sigmoid(x)"""
+    return np.asarray(x / (1.0 + np.exp(-np.clip(x, -80.0, 80.0))), np.float32)
+
+
+def units(network: SourceNetwork, inputs: Floats) -> Floats:
+    """[n, M] what the last linear stage sees."""
+    g = silu(inputs @ network.gate.T + network.gate_bias) * (inputs @ network.up.T + network.up_bias)
+    for block in network.blocks:
+        g = g + silu(g @ block.inner.T + block.inner_bias) @ block.down.T
+    return np.asarray(g)
+
+
+def corrected(network: SourceNetwork, known: Known) -> Floats:
+    """[n, D, E] scores."""
+    g = units(network, known.inputs())
+    return np.asarray(known.look + np.einsum("nm,dem->nde", g, network.out, optimize=True) + network.out_bias)
+
+
+def margins(scores: Floats, top_k: int) -> Floats:
+    """[..., E] how far each score lies above the middle between the K-th largest and the next."""
+    experts = scores.shape[-1]
+    if top_k >= experts:
+        return np.full_like(scores, np.inf)
+    edge = np.partition(scores, (experts - top_k - 1, experts - top_k), axis=-1)
+    middle = (edge[..., experts - top_k - 1] + edge[..., experts - top_k]) / 2
+    return np.asarray(scores - middle[..., None])
+
+
+def to_probabilities(network: SourceNetwork, scores: Floats, top_k: int, *, known: bool) -> Floats:
+    """[n, D, E] of scores [n, D, E]."""
+    slope, shift = network.slope[int(known), :, None], network.shift[int(known), :, None]
+    m = np.clip(slope * margins(scores, top_k) + shift, -30.0, 30.0)
+    return np.asarray(1.0 / (1.0 + np.exp(-m)), np.float32)
+
+
+def known_of(trace: Trace, source: int, tokens: NDArray[np.int64], *, decode: bool) -> Known:
+    """What source `source` knows of these tokens of a trace."""
+    info = trace.info
+    experts, layers = info.experts, info.layers
+    before = trace.before(tokens)
+    has = before >= 0
+    earlier = np.where(has, before, 0)
+    chosen = np.zeros((len(tokens), experts), np.float32)
+    if source:
+        chosen = trace.chosen(source - 1, tokens).astype(np.float32)
+    of_before = np.zeros((len(tokens), DISTANCES, experts), np.float32)
+    if decode:
+        for each in range(min(DISTANCES, layers - source)):
+            of_before[:, each] = trace.chosen(source + each, earlier)
+        of_before[~has] = 0.0
+    deviation = np.sqrt(np.maximum(trace.variance[source], 1e-12))
+    state = trace.state(source, tokens) / deviation
+    of_earlier = trace.state(source, earlier) / deviation
+    of_earlier[~has] = 0.0
+    known = (has if decode else np.zeros_like(has)).astype(np.float32)
+    return Known(trace.look[source, tokens].astype(np.float32), chosen, of_before, known, state, of_earlier)
+
+
+class LearnedPredictor:
+    """A `Predictor` of one network for each source, in f32."""
+
+    def __init__(self, networks: Sequence[SourceNetwork], name: str = "learned") -> None:
+        self._networks, self._name = tuple(networks), name
+
+    @property
+    def name(self) -> str:
+        """For tables."""
+        return self._name
+
+    def probabilities(
+        self, trace: Trace, layer: int, distance: int, tokens: NDArray[np.int64], *, decode: bool
+    ) -> Floats:
+        """As of `Predictor`. Raises PredictorError for a trace whose states are projected otherwise."""
+        source = layer - distance + 1
+        network = self._networks[source]
+        deviation = np.sqrt(np.maximum(trace.variance[source], 1e-12))
+        mine = trace.projection[source] / deviation[:, None]
+        if mine.shape != network.projection.shape or not np.allclose(mine, network.projection, rtol=1e-4, atol=1e-5):
+            raise PredictorError(
+                "the trace's hidden states are projected otherwise than this predictor's: trace with --like the trace "
+                "that it was trained on"
+            )
+        found = np.empty((len(tokens), trace.info.experts), np.float32)
+        for start in range(0, len(tokens), 8192):
+            part = tokens[start : start + 8192]
+            known = known_of(trace, source, part, decode=decode)
+            scores = corrected(network, known)
+            both = [to_probabilities(network, scores, trace.info.top_k, known=flag)[:, distance - 1] for flag in (0, 1)]
+            found[start : start + 8192] = np.where(known.known[:, None] > 0, both[1], both[0])
+        return found
