@@ -1,10 +1,11 @@
 """What a forecast is worth to a cache of experts: one sequence at a time, every expert the same size.
 
 The tokens of a trace run layer by layer through a cache of C experts of all layers together. LRU loads what misses in
-place of the least recently used. Belady, the oracle among caches that load on demand, knows the future and gives up what
-is used last. With a predictor LRU goes on, but before each layer runs, experts of it and of the next ones are loaded
-ahead where p * saving > cost: nearest layer first, most probable first, at most `copies` for each layer that runs (what
-the link carries beside), and none in place of another one that is as much expected. A copy is there when its layer runs.
+place of the least recently used. Belady, the oracle among caches that load on demand, knows the future and gives up
+what is used last. With a predictor LRU goes on, but before each layer runs, experts of it and of the next ones are
+loaded ahead where p * saving > cost: nearest layer first, most probable first, at most `copies` for each layer that
+runs (what the link carries beside), and none in place of another one that is as much expected. A copy is there when its
+layer runs.
 """
 
 import heapq
@@ -137,7 +138,7 @@ def belady(requests: Sequence[int], capacity: int) -> list[bool]:
 
 
 def ahead(requests: list[list[list[int]]], wanted: Wanted, capacity: int, copies: int) -> tuple[list[bool], int, int]:
-    """As `lru`, with experts loaded ahead: which requests are found, how many were loaded ahead, how many came to use."""
+    """As `lru`, with experts loaded ahead: which requests are found, how many experts were loaded ahead, and used."""
     held: OrderedDict[int, None] = OrderedDict()
     waiting: set[int] = set()  # loaded ahead and not requested yet
     hits: list[bool] = []
