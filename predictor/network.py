@@ -27,6 +27,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from moe_offload.predictor.calibration import margins
 from moe_offload.predictor.errors import PredictorError
 from moe_offload.predictor.trace import DISTANCES, Trace
 
@@ -96,16 +97,6 @@ def corrected(network: SourceNetwork, known: Known) -> Floats:
     """[n, D, E] scores."""
     g = units(network, known.inputs())
     return np.asarray(known.look + np.einsum("nm,dem->nde", g, network.out, optimize=True) + network.out_bias)
-
-
-def margins(scores: Floats, top_k: int) -> Floats:
-    """[..., E] how far each score lies above the middle between the K-th largest and the next."""
-    experts = scores.shape[-1]
-    if top_k >= experts:
-        return np.full_like(scores, np.inf)
-    edge = np.partition(scores, (experts - top_k - 1, experts - top_k), axis=-1)
-    middle = (edge[..., experts - top_k - 1] + edge[..., experts - top_k]) / 2
-    return np.asarray(scores - middle[..., None])
 
 
 def to_probabilities(network: SourceNetwork, scores: Floats, top_k: int, *, known: bool) -> Floats:
