@@ -6,9 +6,9 @@ expert that makes some popular. The scores of a look-ahead are the true ones and
 Part of the error is a fixed low-rank function of the hidden state at the source, which is in the trace: a predictor can
 learn it. The rest is noise: nobody can.
 
-Strengths are searched for until the first layers of a sample show what was asked for. `measure` tells what a trace has,
-made or real. Results from such a trace are to say "synthetic", as `TraceInfo.model` does; weights' traces of real models
-are the only evidence for how predictable models are.
+Strengths are searched for until some layers of a sample show what was asked for. `measure` tells what a trace has, made
+or real. Results from such a trace are to say "synthetic", as `TraceInfo.model` does: how predictable a model is, only
+traces of that model can tell.
 """
 
 from collections.abc import Callable
@@ -33,12 +33,14 @@ class Routing:
     """What is asked of a trace, or found in one.
 
     popular: share of slots on each layer's most used quarter of experts. repeats: of the experts of a token, those that
-    the token before had too. recall: of the look-ahead at distances 1, 2, 3, slot recall@k, the embedding's left out.
+    the token before had too. recall: slot recall@k of the look-ahead from layers, at distances 1, 2, 3. embedding: the
+    same from the first source, at all distances.
     """
 
     popular: float = 0.5
     repeats: float = 0.35
     recall: tuple[float, float, float] = (0.85, 0.81, 0.77)
+    embedding: float = 0.3
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +75,8 @@ def synthetic_trace(size: Size, routing: Routing, *, learnable: float = 0.5, see
         for distance in range(1, min(DISTANCES, layer + 1) + 1):
             source = layer - distance + 1
             error = _error(rng, states[source], mixing[layer, distance - 1], learnable)
-            looked = scores[layer].astype(np.float32) + strength.errors[distance - 1] * error
+            size_of_it = strength.errors[distance - 1 if source else DISTANCES]
+            looked = scores[layer].astype(np.float32) + np.float32(size_of_it) * error
             look[source, :, distance - 1] = looked.astype(np.float16)
     chosen = _top(scores, size.top_k)
     picked = np.take_along_axis(scores, chosen, axis=2).astype(np.float32)
@@ -102,25 +105,26 @@ def measure(trace: Trace) -> Routing:
     tokens = np.arange(trace.experts.shape[1])
     follows = tokens[trace.before(tokens) >= 0]
     popular, repeats = [], []
-    recall: list[list[float]] = [[] for _ in range(DISTANCES)]
+    recall: list[list[float]] = [[] for _ in range(DISTANCES + 1)]  # by distance; the last from the embedding
     for layer in range(trace.info.layers):
         chosen = trace.chosen(layer, tokens)
         popular.append(_popular(chosen))
         if len(follows):
             repeats.append(float((chosen[follows] & chosen[follows - 1]).sum() / chosen[follows].sum()))
-        for distance in range(1, min(DISTANCES, layer) + 1):
-            looked = trace.look[layer - distance + 1, :, distance - 1]
-            recall[distance - 1].append(_recall(looked, chosen, trace.info.top_k))
+        for distance in range(1, min(DISTANCES, layer + 1) + 1):
+            source = layer - distance + 1
+            found = _recall(trace.look[source, :, distance - 1], chosen, trace.info.top_k)
+            recall[distance - 1 if source else DISTANCES].append(found)
     means = tuple(float(np.mean(each)) if each else float("nan") for each in recall)
     again = float(np.mean(repeats)) if repeats else float("nan")
-    return Routing(float(np.mean(popular)), again, (means[0], means[1], means[2]))
+    return Routing(float(np.mean(popular)), again, (means[0], means[1], means[2]), means[3])
 
 
 @dataclass(frozen=True, slots=True)
 class _Strengths:
     skew: float
     drift: float  # correlation of neighbouring tokens' states
-    errors: tuple[float, ...]
+    errors: tuple[float, ...]  # by distance; the last from the embedding
 
 
 def _strengths(
@@ -152,9 +156,10 @@ def _strengths(
 
     drift = _search(repeats, routing.repeats, 0.0, 1.0, "repeats, with this skew,")
     errors = []
-    for distance, asked in enumerate(routing.recall):
-        # The target's state and the source's are related; independent ones give the same recall to a good approximation.
-        error = np.stack([_error(rng, fresh[at], mixing[layer, distance], learnable) for at, layer in enumerate(some)])
+    for number, asked in enumerate((*routing.recall, routing.embedding)):
+        # Source and target are related, which is left out here: recall comes out the same within two points.
+        mixed = mixing[some, number % DISTANCES]
+        error = np.stack([_error(rng, each, mix, learnable) for each, mix in zip(fresh, mixed, strict=True)])
 
         def recall(strength: float, error: NDArray[np.float32] = error) -> float:
             looked = biased + np.float32(strength) * error
@@ -230,7 +235,7 @@ def _check(size: Size, routing: Routing, learnable: float) -> None:
     counts = (size.layers, size.experts, size.top_k, size.sequences, size.tokens, size.prompt_tokens, size.hidden)
     if min(counts) < 1 or not size.top_k < size.experts <= 65536 or size.prompt_tokens > size.tokens:
         raise ValueError(f"{size}: at least 1 of each, more experts than a token has, and a prompt within its sequence")
-    shares = (routing.popular, routing.repeats, *routing.recall, learnable)
+    shares = (routing.popular, routing.repeats, *routing.recall, routing.embedding, learnable)
     if len(routing.recall) != DISTANCES or not all(0 <= share <= 1 for share in shares):
         raise ValueError(
             f"{routing} and {learnable} to be learned: shares from 0 to 1, recall at {DISTANCES} distances"
