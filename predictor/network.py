@@ -7,7 +7,7 @@ Letters as in trace.py, M units of a network, U its inputs. A network sees, for 
     before    [D, E]   the same of the token before, in the layers that are predicted; zeros where it is not known
     known     [1]      whether it is
     state     [P]      the source's projected hidden state, each direction with variance 1
-    earlier   [P]      the same of the token before; zeros for the first
+    recent    [P]      what came before: r' = DECAY r + (1 - DECAY) state, from zeros at a sequence's first token on
 
 and gives scores [D, E]:
 
@@ -32,6 +32,8 @@ from moe_offload.predictor.errors import PredictorError
 from moe_offload.predictor.trace import DISTANCES, Trace
 
 Floats = NDArray[np.float32]
+
+DECAY = 0.7  # of what came before, a token
 
 
 class Block(NamedTuple):
@@ -66,12 +68,12 @@ class Known(NamedTuple):
     before: Floats  # [n, D, E]
     known: Floats  # [n]
     state: Floats  # [n, P]
-    earlier: Floats  # [n, P]
+    recent: Floats  # [n, P]
 
     def inputs(self) -> Floats:
         """[n, U]"""
         n = len(self.look)
-        parts = (self.look, self.chosen, self.before, self.known, self.state, self.earlier)
+        parts = (self.look, self.chosen, self.before, self.known, self.state, self.recent)
         return np.concatenate([part.reshape(n, -1) for part in parts], axis=1, dtype=np.float32)
 
 
@@ -106,27 +108,41 @@ def to_probabilities(network: SourceNetwork, scores: Floats, top_k: int, *, know
     return np.asarray(1.0 / (1.0 + np.exp(-m)), np.float32)
 
 
-def known_of(trace: Trace, source: int, tokens: NDArray[np.int64], *, decode: bool) -> Known:
-    """What source `source` knows of these tokens of a trace."""
-    info = trace.info
-    experts, layers = info.experts, info.layers
-    before = trace.before(tokens)
-    has = before >= 0
-    earlier = np.where(has, before, 0)
-    chosen = np.zeros((len(tokens), experts), np.float32)
-    if source:
-        chosen = trace.chosen(source - 1, tokens).astype(np.float32)
-    of_before = np.zeros((len(tokens), DISTANCES, experts), np.float32)
-    if decode:
-        for each in range(min(DISTANCES, layers - source)):
-            of_before[:, each] = trace.chosen(source + each, earlier)
-        of_before[~has] = 0.0
-    deviation = np.sqrt(np.maximum(trace.variance[source], 1e-12))
-    state = trace.state(source, tokens) / deviation
-    of_earlier = trace.state(source, earlier) / deviation
-    of_earlier[~has] = 0.0
-    known = (has if decode else np.zeros_like(has)).astype(np.float32)
-    return Known(trace.look[source, tokens].astype(np.float32), chosen, of_before, known, state, of_earlier)
+class SourceView:
+    """What a source knows, token by token, of a trace."""
+
+    def __init__(self, trace: Trace, source: int) -> None:
+        self._trace, self._source = trace, source
+        self._deviation = np.sqrt(np.maximum(trace.variance[source], 1e-12))
+        self._recent = np.zeros((trace.experts.shape[1], trace.info.projected), np.float16)
+        starts, lengths = trace.starts[:-1], np.diff(trace.starts)
+        recent = np.zeros((len(starts), trace.info.projected), np.float32)
+        for position in range(int(lengths.max()) - 1):
+            going = np.flatnonzero(lengths > position + 1)
+            tokens = starts[going] + position
+            recent[going] = DECAY * recent[going] + (1 - DECAY) * self._state(tokens)
+            self._recent[tokens + 1] = recent[going]
+
+    def _state(self, tokens: NDArray[np.int64]) -> Floats:
+        return np.asarray(self._trace.state(self._source, tokens) / self._deviation)
+
+    def known(self, tokens: NDArray[np.int64], *, decode: bool) -> Known:
+        """decode: as of `Predictor`."""
+        trace, source = self._trace, self._source
+        experts, layers = trace.info.experts, trace.info.layers
+        chosen = np.zeros((len(tokens), experts), np.float32)
+        if source:
+            chosen = trace.chosen(source - 1, tokens).astype(np.float32)
+        before = np.zeros((len(tokens), DISTANCES, experts), np.float32)
+        known = np.zeros(len(tokens), np.float32)
+        if decode:
+            last = trace.before(tokens)
+            known = (last >= 0).astype(np.float32)
+            for each in range(min(DISTANCES, layers - source)):
+                before[:, each] = trace.chosen(source + each, np.maximum(last, 0))
+            before[last < 0] = 0.0
+        look = trace.look[source, tokens].astype(np.float32)
+        return Known(look, chosen, before, known, self._state(tokens), self._recent[tokens].astype(np.float32))
 
 
 class LearnedPredictor:
@@ -153,10 +169,11 @@ class LearnedPredictor:
                 "the trace's hidden states are projected otherwise than this predictor's: trace with --like the trace "
                 "that it was trained on"
             )
+        view = SourceView(trace, source)
         found = np.empty((len(tokens), trace.info.experts), np.float32)
         for start in range(0, len(tokens), 8192):
             part = tokens[start : start + 8192]
-            known = known_of(trace, source, part, decode=decode)
+            known = view.known(part, decode=decode)
             scores = corrected(network, known)
             both = [to_probabilities(network, scores, trace.info.top_k, known=flag)[:, distance - 1] for flag in (0, 1)]
             found[start : start + 8192] = np.where(known.known[:, None] > 0, both[1], both[0])

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from moe_offload.predictor.calibration import fit_calibration, margins
 from moe_offload.predictor.errors import TraceError
-from moe_offload.predictor.network import Block, Floats, SourceNetwork, corrected, input_size, known_of
+from moe_offload.predictor.network import Block, Floats, SourceNetwork, SourceView, corrected, input_size
 from moe_offload.predictor.trace import DISTANCES, TRAIN, VALIDATION, Trace
 
 BYTES = 2_600_000  # of a source's network at run time: int8 with scales, the last stage twice in f32
@@ -125,16 +125,16 @@ def train_source(trace: Trace, source: int, settings: Settings, progress: Progre
         )
     random = np.random.default_rng([settings.seed, source])
     validation = validation[:_MOST_VALIDATED]
-    info = trace.info
+    info, view = trace.info, SourceView(trace, source)
     block = _MIDDLE[0] <= (source + 0.5) / info.layers < _MIDDLE[1]
     units = settings.units or choose_units(info.experts, info.projected, info.hidden_size, block)
     sample = training if len(training) <= 1 << 14 else random.choice(training, 1 << 14, replace=False)
-    inputs = torch.from_numpy(known_of(trace, source, np.sort(sample), decode=True).inputs())
+    inputs = torch.from_numpy(view.known(np.sort(sample), decode=True).inputs())
     mean, deviation = inputs.mean(0), inputs.std(0) + 1e-2
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed * 1000 + source)
         module = _Module(info.experts, inputs.shape[1], units, int(block), mean, deviation)
-    best, at_best, kept, passes = _loss(module, trace, source, validation), 0, _copy(module), 0
+    best, at_best, kept, passes = _loss(module, trace, source, view, validation), 0, _copy(module), 0
     total = settings.passes * len(training)
     steps = settings.passes * sum(-(-min(_CHUNK, len(training) - at) // settings.batch)
                                   for at in range(0, len(training), _CHUNK))  # fmt: skip
@@ -142,7 +142,7 @@ def train_source(trace: Trace, source: int, settings: Settings, progress: Progre
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warm_cosine(step, steps))
     done = 0
     for number in range(1, settings.passes + 1):
-        for batch in _batches(trace, source, training, settings, random):
+        for batch in _batches(trace, source, view, training, settings, random):
             loss = _cross_entropy(module(batch.inputs, batch.look), batch.target).mean()
             optimizer.zero_grad()
             loss.backward()
@@ -152,7 +152,7 @@ def train_source(trace: Trace, source: int, settings: Settings, progress: Progre
             if progress is not None:
                 progress(f"training, layer {source + 1} of {info.layers}", source * total + done, info.layers * total)
         passes = number
-        now = _loss(module, trace, source, validation)
+        now = _loss(module, trace, source, view, validation)
         if now < best:
             best, at_best, kept = now, number, _copy(module)
         elif number - at_best >= 2:
@@ -160,7 +160,7 @@ def train_source(trace: Trace, source: int, settings: Settings, progress: Progre
     module.load_state_dict(kept)
     deviations = np.sqrt(np.maximum(trace.variance[source], 1e-12))
     network = module.network(trace.projection[source] / deviations[:, None], trace.offset[source] / deviations)
-    return _finish(trace, source, network, validation, passes)
+    return _finish(trace, source, view, network, validation, passes)
 
 
 class _Batch(NamedTuple):
@@ -170,13 +170,18 @@ class _Batch(NamedTuple):
 
 
 def _batches(
-    trace: Trace, source: int, tokens: NDArray[np.int64], settings: Settings, random: np.random.Generator
+    trace: Trace,
+    source: int,
+    view: SourceView,
+    tokens: NDArray[np.int64],
+    settings: Settings,
+    random: np.random.Generator,
 ) -> Iterator[_Batch]:
     """All tokens once, in random order: chunks of random tokens, in the file's order while they are read."""
     order = random.permutation(tokens)
     for start in range(0, len(order), _CHUNK):
         chunk = np.sort(order[start : start + _CHUNK])
-        known = known_of(trace, source, chunk, decode=True)
+        known = view.known(chunk, decode=True)
         hide = random.random(len(chunk)) < settings.unknown
         known.before[hide] = 0.0
         known.known[hide] = 0.0
@@ -200,18 +205,20 @@ def _cross_entropy(scores: Tensor, target: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _loss(module: _Module, trace: Trace, source: int, tokens: NDArray[np.int64]) -> float:
-    known = known_of(trace, source, tokens, decode=True)
+def _loss(module: _Module, trace: Trace, source: int, view: SourceView, tokens: NDArray[np.int64]) -> float:
+    known = view.known(tokens, decode=True)
     scores = module(torch.from_numpy(known.inputs()), torch.from_numpy(known.look))
     return float(_cross_entropy(scores, torch.from_numpy(_target(trace, source, tokens))).mean())
 
 
-def _finish(trace: Trace, source: int, network: SourceNetwork, tokens: NDArray[np.int64], passes: int) -> Trained:
+def _finish(
+    trace: Trace, source: int, view: SourceView, network: SourceNetwork, tokens: NDArray[np.int64], passes: int
+) -> Trained:
     """Compare with gate look-ahead, and calibrate, on validation tokens."""
     info = trace.info
     ahead = min(DISTANCES, info.layers - source)
     chosen = [trace.chosen(source + each, tokens) for each in range(ahead)]
-    known = known_of(trace, source, tokens, decode=True)
+    known = view.known(tokens, decode=True)
     recall = np.full((2, DISTANCES), np.nan, np.float32)
     scores = corrected(network, known)
     for each in range(ahead):
@@ -221,7 +228,7 @@ def _finish(trace: Trace, source: int, network: SourceNetwork, tokens: NDArray[n
             network.out[each], network.out_bias[each] = 0.0, 0.0
             recall[1, each] = recall[0, each]
     for decode in (False, True):
-        scores = corrected(network, known_of(trace, source, tokens, decode=decode))
+        scores = corrected(network, view.known(tokens, decode=decode))
         for each in range(ahead):
             fitted = fit_calibration(margins(scores[:, each], info.top_k), chosen[each])
             network.slope[int(decode), each], network.shift[int(decode), each] = fitted.a, fitted.b
