@@ -138,7 +138,7 @@ def train_source(trace: Trace, source: int, settings: Settings, progress: Progre
     total = settings.passes * len(training)
     steps = settings.passes * sum(-(-min(_CHUNK, len(training) - at) // settings.batch)
                                   for at in range(0, len(training), _CHUNK))  # fmt: skip
-    optimizer = torch.optim.AdamW(module.parameters(), settings.rate, weight_decay=settings.decay)
+    optimizer = torch.optim.AdamW(module.parameters(), settings.rate, weight_decay=settings.decay, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warm_cosine(step, steps))
     done = 0
     for number in range(1, settings.passes + 1):
