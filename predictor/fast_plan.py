@@ -114,7 +114,9 @@ class Plan:
     def _rows(self, width: int) -> NDArray[np.float32]:
         """[T, width] on cache lines."""
         width = -(-width // _LANES) * _LANES
-        return aligned_bytes(4 * self._tokens * width).view(np.float32).reshape(self._tokens, width)
+        rows = aligned_bytes(4 * self._tokens * width).view(np.float32).reshape(self._tokens, width)
+        self._kept.append(rows)
+        return rows
 
     def _matrices(
         self, cols: int, packed: bool, matrices: Sequence[Matrix], x: int, x_step: int, outs: Sequence[tuple[int, int]]
