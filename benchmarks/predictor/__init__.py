@@ -1,0 +1,1 @@
+"""How good are predictions of the next layers' experts?"""
