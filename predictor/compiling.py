@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_offload.cpu_kernels.kernel_cache import compile_job, compiled
+from moe_offload.predictor.network import DECAY
 from moe_offload.predictor.trace import DISTANCES
 
 # The files with compiled code, or with values that are compiled into it.
@@ -19,7 +20,7 @@ SOURCES = ("adaptation.py", "compiling.py", "fast_inputs.py", "fast_stages.py")
 
 @cache
 def _sources() -> str:
-    digest = hashlib.sha256(str(DISTANCES).encode())
+    digest = hashlib.sha256(repr((DISTANCES, DECAY)).encode())
     for name in SOURCES:
         digest.update(Path(__file__).with_name(name).read_bytes() + b"\0")
     return digest.hexdigest()[:12]

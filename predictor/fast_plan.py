@@ -12,10 +12,11 @@ from moe_offload.cpu_kernels.matrix_block import COUNTERS as MATRIX_COUNTERS
 from moe_offload.cpu_kernels.stages import Chain, Stage
 from moe_offload.cpu_kernels.team import aligned_bytes
 from moe_offload.predictor import fast_stages
-from moe_offload.predictor.fast_weights import GROUP, SourceWeights
+from moe_offload.predictor.fast_weights import GROUP, Select, SourceWeights
 from moe_offload.predictor.network import input_size
 from moe_offload.predictor.trace import DISTANCES
 
+SELECTS = {"linear": fast_stages.LINEAR, "sigmoid": fast_stages.SIGMOID, "softmax": fast_stages.SOFTMAX}
 _LANES = 16  # rows of f32 begin on cache lines
 
 
@@ -28,14 +29,14 @@ class Form(NamedTuple):
     projected: int
     units: int
     depth: int
-    selection: bool
+    select: Select
 
     @classmethod
     def of(cls, weights: SourceWeights, experts: int, top_k: int) -> "Form":
         """A source's."""
         return cls(
             weights.hidden_size, experts, top_k, weights.projected, weights.units, weights.depth,
-            weights.selection is not None,
+            weights.select,
         )  # fmt: skip
 
 
@@ -55,7 +56,7 @@ class Kernels:
 
 class Plan:
     """Buffers and chain for `tokens` tokens. `places` wants a source's addresses, in their order, and then x, x's step
-    from token to token in bytes, and where states are to be kept (0: nowhere).
+    from token to token in bytes, the length of sequences, and what came before them (0: not known).
     """
 
     def __init__(self, form: Form, tokens: int, threads: int, kernels: Kernels) -> None:
@@ -68,15 +69,15 @@ class Plan:
         self.inputs = self._rows(max(inputs, outputs + DISTANCES * experts + experts + 1))
         self.scores, self.probabilities = self._rows(outputs), np.zeros((tokens, outputs), np.float32)
         self.activated = self._rows(max(units, 1))
-        self.known, self.earlier = np.zeros(tokens, np.int64), np.zeros(tokens, np.int64)
-        self.state_at = input_size(experts, projected) - 2 * projected
+        self.known = np.zeros(tokens, np.int64)
+        state_at = input_size(experts, projected) - 2 * projected
         row = int(self.inputs.strides[0])
         base = int(self.inputs.ctypes.data)
         first = [Matrix(0, outputs)] + ([Matrix(0, projected)] if projected else [])
-        outs = [(base, row), (base + 4 * self.state_at, row)][: len(first)]
+        outs = [(base, row), (base + 4 * state_at, row)][: len(first)]
         stage, places = self._matrices(form.hidden, True, first, 0, 0, outs)
-        stages, self._x = [stage], stage.block
-        stages.append(self._look(form, outputs, base, row))
+        stages = [stage]
+        stages.append(self._look(form, 4 * state_at, base, row))
         look = stages[-1].block
         if units:
             gate_up = self._rows(2 * units)
@@ -105,10 +106,14 @@ class Plan:
             places_of_out = [int(self._spare.ctypes.data)]
         finish = self._finish(form, base, row)
         stages.append(finish)
-        selection = look + fast_stages.SELECTION if form.selection else int(self._spare.ctypes.data)
         tail = (finish.block + at for at in (fast_stages.BIAS, fast_stages.SLOPE, fast_stages.SHIFT))
-        call = (self._x + word.X, self._x + word.X_STEP, look + fast_stages.KEEP)
-        self.places = np.array([*places, selection, *places_of_out, *tail, *call], np.int64)
+        call = (
+            stages[0].block + word.X,
+            stages[0].block + word.X_STEP,
+            look + fast_stages.LENGTH,
+            look + fast_stages.KEEP,
+        )
+        self.places = np.array([*places, look + fast_stages.SELECTION, *places_of_out, *tail, *call], np.int64)
         self.chain = Chain(stages)
 
     def _rows(self, width: int) -> NDArray[np.float32]:
@@ -140,11 +145,10 @@ class Plan:
             values[at // 8] = value
         return Stage(int(job.address), int(memory.ctypes.data), fast_stages.COUNTERS)
 
-    def _look(self, form: Form, outputs: int, base: int, row: int) -> Stage:
+    def _look(self, form: Form, state: int, base: int, row: int) -> Stage:
         words = {
-            fast_stages.INPUTS: base, fast_stages.INPUTS_STEP: row, fast_stages.OUTPUTS: outputs,
-            fast_stages.PROJECTED: form.projected, fast_stages.STATE: 4 * self.state_at,
-            fast_stages.EARLIER: int(self.earlier.ctypes.data),
+            fast_stages.INPUTS: base, fast_stages.INPUTS_STEP: row, fast_stages.EXPERTS_OF_LOOK: form.experts,
+            fast_stages.SELECT: SELECTS[form.select], fast_stages.PROJECTED: form.projected, fast_stages.STATE: state,
         }  # fmt: skip
         return self._stage(fast_stages.look_job(), words)
 

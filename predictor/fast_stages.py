@@ -1,14 +1,17 @@
 """What happens between the matrices of a network, as stages of a chain (cpu_kernels/stages.py): token by token.
 
     activate   y = silu(gate) * up, or silu(gate) alone
-    look       scores of routers that choose by sigmoid(logit) + selection, from logits; and the state of the token before
+    look       scores of routers that choose by a bounded function of their logits; and what came before each token
     finish     scores become probabilities: p = sigmoid(slope * margin + shift), as predictor/network.py defines it
 
 All arrays are f32 rows, a fixed number of bytes apart.
 """
 
+import math
 from functools import cache
 from typing import Any
+
+import numpy as np
 
 from moe_offload.cpu_kernels.activations import make_activate
 from moe_offload.cpu_kernels.atomics import fetch_add, wait_for_count
@@ -17,8 +20,9 @@ from moe_offload.cpu_kernels.emit import F32, I32, Emitter, Value, micro_kernel,
 from moe_offload.cpu_kernels.jit import native
 from moe_offload.cpu_kernels.memory import clear, load_f32, load_i64, store_f32
 from moe_offload.cpu_kernels.target import current_target
-from moe_offload.cpu_kernels.vector_ops import add_vector, copy_vector
+from moe_offload.cpu_kernels.vector_ops import add_scaled, add_vector, copy_vector
 from moe_offload.predictor.compiling import stage_job
+from moe_offload.predictor.network import DECAY
 from moe_offload.predictor.trace import DISTANCES
 
 LINE = 64
@@ -33,13 +37,15 @@ GATE, UP, STEP, UNITS, OUT, OUT_STEP = range(TOKENS + 8, TOKENS + 7 * 8, 8)  # U
 (
     INPUTS,  # rows that begin with the logits
     INPUTS_STEP,
-    OUTPUTS,  # D * E
-    SELECTION,  # [D, E]; 0: the logits are the scores
+    EXPERTS_OF_LOOK,  # E
+    SELECT,  # LINEAR, SIGMOID or SOFTMAX
+    SELECTION,  # [D, E] added to what is bounded
     PROJECTED,  # P
-    STATE,  # bytes from a row's begin to the token's state; that of the one before lies behind it
-    EARLIER,  # int64 [T] where that is to be found; 0: nowhere
-    KEEP,  # [T, P] to keep the states in; 0: nowhere
-) = range(TOKENS + 8, TOKENS + 9 * 8, 8)
+    STATE,  # bytes from a row's begin to the token's state [P]; what came before it is to lie behind
+    LENGTH,  # tokens of each sequence, one behind the other
+    KEEP,  # [sequences, P] what came before the first and, afterwards, before the next token; 0: nothing is known
+) = range(TOKENS + 8, TOKENS + 10 * 8, 8)
+LINEAR, SIGMOID, SOFTMAX = range(3)
 # finish
 (
     SCORES,  # [T, D, E]; what it is made of is added to it:
@@ -123,23 +129,47 @@ def _activate_token(args: int, t: int) -> None:
 
 
 @native
+def _softmax(at: int, count: int) -> None:
+    largest = load_f32(at)
+    for i in range(1, count):
+        largest = max(largest, load_f32(at + 4 * i))
+    total = 0.0
+    for i in range(count):
+        value = math.exp(load_f32(at + 4 * i) - largest)
+        total += value
+        store_f32(np.float32(value), at + 4 * i)
+    for i in range(count):
+        store_f32(np.float32(load_f32(at + 4 * i) / total), at + 4 * i)
+
+
+@native
 def _look_token(args: int, t: int) -> None:
-    row, count = load_i64(args + INPUTS) + load_i64(args + INPUTS_STEP) * t, load_i64(args + OUTPUTS)
-    selection, projected = load_i64(args + SELECTION), load_i64(args + PROJECTED)
-    if selection != 0:
+    row, experts = load_i64(args + INPUTS) + load_i64(args + INPUTS_STEP) * t, load_i64(args + EXPERTS_OF_LOOK)
+    count = DISTANCES * experts
+    if load_i64(args + SELECT) == SIGMOID:
         sigmoid(row, count, row, 1.0, 0.0)
-        add_vector(row, count, selection)
-        for i in range(count):
-            store_f32(load_f32(row + 4 * i) * SHARPNESS, row + 4 * i)
-    if projected != 0:
-        state, keep = row + load_i64(args + STATE), load_i64(args + KEEP)
-        earlier = load_i64(load_i64(args + EARLIER) + 8 * t)
-        if earlier != 0:
-            copy_vector(state + 4 * projected, projected, earlier)
-        else:
+    else:
+        for d in range(DISTANCES):
+            _softmax(row + 4 * experts * d, experts)
+    add_vector(row, count, load_i64(args + SELECTION))
+    for i in range(count):
+        store_f32(load_f32(row + 4 * i) * SHARPNESS, row + 4 * i)
+
+
+@native
+def _remember(args: int) -> None:
+    """One token after the other, since each adds to what the next one gets."""
+    tokens, projected, length = load_i64(args + TOKENS), load_i64(args + PROJECTED), load_i64(args + LENGTH)
+    keep = load_i64(args + KEEP)
+    for t in range(tokens):
+        state = load_i64(args + INPUTS) + load_i64(args + INPUTS_STEP) * t + load_i64(args + STATE)
+        if keep == 0:
             clear(state + 4 * projected, projected)
-        if keep != 0:
-            copy_vector(keep + 4 * projected * t, projected, state)
+        else:
+            recent = keep + 4 * projected * (t // length)
+            copy_vector(state + 4 * projected, projected, recent)
+            add_scaled(recent, projected, recent, np.float32(DECAY - 1))
+            add_scaled(recent, projected, state, np.float32(1 - DECAY))
 
 
 @native
@@ -153,7 +183,10 @@ def _finish_token(args: int, t: int) -> None:
     top = load_i64(args + TOP) + 4 * (choices + 1) * t
     first = 4 * DISTANCES * load_i64(load_i64(args + KNOWN) + 8 * t)
     for d in range(DISTANCES):
-        slope, shift = load_f32(load_i64(args + SLOPE) + first + 4 * d), load_f32(load_i64(args + SHIFT) + first + 4 * d)
+        slope, shift = (
+            load_f32(load_i64(args + SLOPE) + first + 4 * d),
+            load_f32(load_i64(args + SHIFT) + first + 4 * d),
+        )
         at, out = scores + 4 * experts * d, load_i64(args + PROBABILITIES) + 4 * (size * t + experts * d)
         if choices < experts:
             sigmoid(out, experts, at, slope, shift - slope * middle(at, experts, choices, top))
@@ -174,14 +207,17 @@ def _activate(thread: int, args: int) -> None:
 
 
 def _look(thread: int, args: int) -> None:
-    tokens = load_i64(args + TOKENS)
+    jobs = 1 + (load_i64(args + TOKENS) if load_i64(args + SELECT) != LINEAR else 0)
     while True:
-        token = fetch_add(args + _NEXT, 1)
-        if token >= tokens:
+        job = fetch_add(args + _NEXT, 1)
+        if job >= jobs:
             break
-        _look_token(args, token)
+        if job > 0:
+            _look_token(args, job - 1)
+        elif load_i64(args + PROJECTED) > 0:
+            _remember(args)
         fetch_add(args + _DONE, 1)
-    wait_for_count(args + _DONE, tokens)
+    wait_for_count(args + _DONE, jobs)
 
 
 def _finish(thread: int, args: int) -> None:

@@ -1,13 +1,13 @@
 """A source's weights as run time wants them: int8 in the packed layout, but what adapts, which stays f32.
 
-    look, projection   one stage, [D * E + P, H]: they take the same hidden states
-    gate, up           one stage, [2 M, U]
-    inner, down        of each block, [M, M]
-    out                f32 [D * E, M], twice where it adapts
+look, projection   one stage, [D * E + P, H]: they take the same hidden states
+gate, up           one stage, [2 M, U]
+inner, down        of each block, [M, M]
+out                f32 [D * E, M], twice where it adapts
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,16 +19,21 @@ from moe_offload.predictor.network import SourceNetwork
 from moe_offload.predictor.trace import DISTANCES
 
 Floats = NDArray[np.float32]
+Select = Literal["linear", "sigmoid", "softmax"]
 GROUP = 32
 SLOPE, SHIFT = 1.5, -0.3  # of gate look-ahead that nobody has fitted
 
 
 class Look(NamedTuple):
-    """The next routers, as seen from a source's hidden states."""
+    """The next routers, as seen from a source's hidden states: models/routers.py says what scores are.
+
+    select: what the K largest are taken of: logits, or 8 times their sigmoid or softmax plus `selection`.
+    """
 
     rows: Floats  # [D, E, H]
     bias: Floats  # [D, E]
-    selection: Floats | None = None  # [D, E]: then the score is that of a router with sigmoid(logit) + selection
+    select: Select = "linear"
+    selection: Floats | None = None  # [D, E]
 
 
 def look_ahead(experts: int) -> SourceNetwork:
@@ -91,7 +96,10 @@ class SourceWeights:
         self.hidden_size = look.rows.shape[2]
         self.projected, self.units, self.depth = len(network.projection), len(network.gate), len(network.blocks)
         self.look = pack(look.rows.reshape(DISTANCES * experts, -1), look.bias)
-        self.selection = None if look.selection is None else np.ascontiguousarray(look.selection, np.float32)
+        self.select: Select = look.select
+        self.selection = np.zeros((DISTANCES, experts), np.float32)
+        if look.selection is not None:
+            self.selection[:] = look.selection
         matrices = [pack(network.projection, -network.offset)] if self.projected else []
         if self.units:
             matrices += [pack(network.gate, network.gate_bias), pack(network.up, network.up_bias)]
@@ -111,9 +119,8 @@ class SourceWeights:
     @property
     def nbytes(self) -> int:
         """Memory of all of it."""
-        selection = 0 if self.selection is None else self.selection.nbytes
         tails = self.frozen.nbytes + (0 if self.adapted is None else self.adapted.nbytes)
-        return self.look.nbytes + sum(each.nbytes for each in self.matrices) + selection + tails
+        return self.look.nbytes + sum(each.nbytes for each in self.matrices) + self.selection.nbytes + tails
 
     @property
     def read_bytes(self) -> int:
@@ -127,9 +134,6 @@ class SourceWeights:
 
     def addresses(self) -> list[int]:
         """In the order of `fast_plan.Plan`'s places."""
-        def at(array: NDArray[np.float32] | NDArray[np.uint8] | None) -> int:
-            return 0 if array is None else int(array.ctypes.data)
 
-        tail = self.tail
-        found = [at(part) for packed in (self.look, *self.matrices) for part in packed]
-        return [*found, at(self.selection), *(at(part) for part in tail)]
+        parts = [part for packed in (self.look, *self.matrices) for part in packed]
+        return [int(part.ctypes.data) for part in (*parts, self.selection, *self.tail)]
