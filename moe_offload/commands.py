@@ -1,4 +1,4 @@
-"""The commands generate, chat, convert, info and bench-cpu: their options, checked, and handed on.
+"""The commands generate, chat, convert, info, trace and bench-cpu: their options, checked, and handed on.
 
 torch and transformers are imported by a command when it runs, not with this module.
 """
@@ -208,6 +208,52 @@ def bench_cpu(
     from moe_offload import bench_cpu_command
 
     return bench_cpu_command.bench_cpu(shape, threads, as_json)
+
+
+@app.command(
+    help="Write down which experts a model's routers choose for a text, token by token, for training and measuring "
+    "predictors.\n\n"
+    "Runs on the CPU. What was interrupted goes on where it stopped. Prints the trace's name."
+)
+def trace(
+    model: cli_options.Model,
+    prompts: Annotated[
+        Path,
+        typer.Option(
+            metavar="FILE",
+            help="Text, cut into sequences; or a .jsonl file with a prompt on each line: "
+            '{"prompt": "..."} or {"messages": [...]}.',
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="The trace's file.")],
+    new_tokens: Annotated[int, typer.Option(help="Generate so many tokens behind each sequence, and trace them.")] = 0,
+    sequence_tokens: Annotated[int, typer.Option(help="Tokens of a sequence; of a prompt at most.")] = 256,
+    max_tokens: Annotated[int | None, typer.Option(help="Stop before there are more.", show_default=False)] = None,
+    projected: Annotated[int, typer.Option(help="Dimensions that are kept of hidden states.")] = 128,
+    like: Annotated[
+        Path | None,
+        typer.Option(metavar="TRACE", help="Use this trace's projections; all sequences are for testing then."),
+    ] = None,
+    note: Annotated[str, typer.Option(help="Where the text came from, for whoever reads the trace.")] = "",
+    threads: cli_options.Threads = None,
+    weights: cli_options.Weights = "auto",
+    dtype: cli_options.Dtype = "auto",
+    memory_limit: cli_options.MemoryLimit = None,
+    pack_dir: cli_options.PackDir = None,
+    revision: cli_options.Revision = None,
+    as_json: cli_options.Json = False,
+    verbose: cli_options.Verbose = False,
+) -> int:
+    _require_text(note, "--note")
+    options = ModelOptions(
+        model, weights, dtype, threads, parse_size(memory_limit, "--memory-limit"), revision=revision, verbose=verbose,
+        show_progress=not as_json, pack_dir=pack_dir, device="cpu",
+    )  # fmt: skip
+    opened = open_model(options)
+    from moe_offload import trace_command
+
+    wishes = trace_command.TraceWishes(prompts, output, new_tokens, sequence_tokens, max_tokens, projected, like, note)
+    return trace_command.trace(opened, wishes, as_json=as_json)
 
 
 def _prompt(prompt: str | None, prompt_file: Path | None) -> str:
