@@ -155,6 +155,23 @@ PolicyName = Annotated[
         rich_help_panel=_DEVICES,
     ),
 ]
+Predictor = Annotated[
+    str,
+    typer.Option(
+        metavar="[auto|off|look-ahead|FILE]",
+        help="What says which experts the next layers will want. auto: what train-predictor made for this model, if it "
+        "did; look-ahead: the next layers' own routers; off: popularity.",
+        rich_help_panel=_DEVICES,
+    ),
+]
+Adapt = Annotated[
+    bool,
+    typer.Option(
+        "--adapt/--no-adapt",
+        help="Let the predictor follow what the routers choose, as long as that makes it better.",
+        rich_help_panel=_DEVICES,
+    ),
+]
 Stats = Annotated[
     bool,
     typer.Option("--stats", help="Afterwards, say what ran where and where the time went.", rich_help_panel=_DEVICES),

@@ -1,4 +1,4 @@
-"""The commands generate, chat, convert, info, trace and bench-cpu: their options, checked, and handed on.
+"""The commands generate, chat, convert, info, trace, train-predictor and bench-cpu: their options, checked, and handed on.
 
 torch and transformers are imported by a command when it runs, not with this module.
 """
@@ -71,6 +71,8 @@ def generate(
     gpu_memory: cli_options.GpuMemory = None,
     ram: cli_options.Ram = None,
     policy: cli_options.PolicyName = "ours",
+    predictor: cli_options.Predictor = "auto",
+    adapt: cli_options.Adapt = True,
     stats: cli_options.Stats = False,
     trace: cli_options.Trace = None,
     revision: cli_options.Revision = None,
@@ -82,6 +84,7 @@ def generate(
         model, weights, dtype, threads, parse_size(memory_limit, "--memory-limit"), attn_implementation,
         revision, verbose, show_progress=not as_json, activations=activations, pack_dir=pack_dir, dense=dense,
         device=device, gpu_memory=parse_size(gpu_memory, "--gpu-memory"), ram=parse_size(ram, "--ram"), policy=policy,
+        predictor=predictor, adapt=adapt,
     )  # fmt: skip
     text = _prompt(prompt, prompt_file)
     opened = open_model(options)
@@ -118,6 +121,8 @@ def chat(
     gpu_memory: cli_options.GpuMemory = None,
     ram: cli_options.Ram = None,
     policy: cli_options.PolicyName = "ours",
+    predictor: cli_options.Predictor = "auto",
+    adapt: cli_options.Adapt = True,
     revision: cli_options.Revision = None,
     as_json: cli_options.Json = False,
     verbose: cli_options.Verbose = False,
@@ -127,6 +132,7 @@ def chat(
         model, weights, dtype, threads, parse_size(memory_limit, "--memory-limit"), attn_implementation,
         revision, verbose, show_progress=not as_json, activations=activations, pack_dir=pack_dir, dense=dense,
         device=device, gpu_memory=parse_size(gpu_memory, "--gpu-memory"), ram=parse_size(ram, "--ram"), policy=policy,
+        predictor=predictor, adapt=adapt,
     )  # fmt: skip
     _require_text(system, "--system")
     opened = open_model(options)
@@ -254,6 +260,47 @@ def trace(
 
     wishes = trace_command.TraceWishes(prompts, output, new_tokens, sequence_tokens, max_tokens, projected, like, note)
     return trace_command.trace(opened, wishes, as_json=as_json)
+
+
+@app.command(
+    help="Train the predictor of a model's next experts, which --predictor auto then finds.\n\n"
+    "It learns from text like the model's future work, or from a trace of it; recall is measured on sequences that "
+    "were held back. Runs on the CPU. Prints the predictor's file."
+)
+def train_predictor(
+    model: cli_options.Model,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Text to trace the model on, as of moe-offload trace; the trace is removed then."
+        ),
+    ] = None,
+    trace: Annotated[Path | None, typer.Option(metavar="TRACE", help="A trace of this model instead.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="OUT", help="The predictor's file, instead of the cache folder."),
+    ] = None,
+    passes: Annotated[int, typer.Option(help="Over the training tokens, at most.")] = 4,
+    max_tokens: Annotated[int, typer.Option(help="Of the prompts, at most.")] = 400_000,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same predictor.")] = 0,
+    threads: cli_options.Threads = None,
+    weights: cli_options.Weights = "auto",
+    dtype: cli_options.Dtype = "auto",
+    memory_limit: cli_options.MemoryLimit = None,
+    pack_dir: cli_options.PackDir = None,
+    revision: cli_options.Revision = None,
+    as_json: cli_options.Json = False,
+    verbose: cli_options.Verbose = False,
+) -> int:
+    options = ModelOptions(
+        model, weights, dtype, threads, parse_size(memory_limit, "--memory-limit"), revision=revision, verbose=verbose,
+        show_progress=not as_json, pack_dir=pack_dir, device="cpu",
+    )  # fmt: skip
+    opened = open_model(options)
+    from moe_offload import train_command
+
+    wishes = train_command.TrainWishes(prompts, trace, output, passes, max_tokens, seed)
+    return train_command.train_predictor(opened, wishes, as_json=as_json)
 
 
 def _prompt(prompt: str | None, prompt_file: Path | None) -> str:

@@ -55,6 +55,8 @@ class MoeOffloadConfig(QuantizationConfigMixin):  # type: ignore[misc]
         ram: str | int | None = None,
         policy: str = "ours",
         overlap: bool = True,
+        predictor: str | os.PathLike[str] = "auto",
+        adapt: bool = True,
         inner: dict[str, Any] | None = None,
         progress: Progress | None = None,
         quant_method: str = METHOD,
@@ -65,6 +67,7 @@ class MoeOffloadConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.options = Options(
             weights, threads, memory_limit, gemm_rows, activations, pack_dir, dense, fused_decode, device,
             parse_size(gpu_memory, "gpu_memory"), parse_size(ram, "ram"), policy, overlap,
+            predictor, adapt,
         )  # fmt: skip
         self.inner = inner
         self.progress = progress
@@ -72,8 +75,9 @@ class MoeOffloadConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def to_dict(self) -> dict[str, Any]:
         """What goes into a serialised configuration: the options that differ from their defaults."""
         values = {name: getattr(self.options, name) for name in Options.__slots__}
-        if values["pack_dir"] is not None:
-            values["pack_dir"] = os.fspath(values["pack_dir"])
+        for name in ("pack_dir", "predictor"):
+            if values[name] is not None:
+                values[name] = os.fspath(values[name])
         default = Options()
         changed = {name: value for name, value in values.items() if value != getattr(default, name)}
         return {"quant_method": METHOD, **changed}
@@ -105,6 +109,7 @@ class MoeOffloadQuantizer(SkeletonQuantizer):
         config: MoeOffloadConfig = self.quantization_config
         pack = open_pack(self.choice, stored_experts(skeleton), config.options, config.progress)
         model.offload = Engine(model, skeleton, config.options, dtype, config.progress, pack, self.accelerator)
+        model.offload.start_predictor(config.progress)
 
 
 def stored_experts(skeleton: Skeleton) -> StoredExperts:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 from moe_offload import device_attention
 from moe_offload.attention_layers import attention_layers
@@ -34,13 +35,16 @@ from moe_offload.dispatcher import Dispatcher
 from moe_offload.gpu_kernels.torch_experts import DeviceActivation, DeviceRecord, TorchExperts
 from moe_offload.kv_placement import KvPlacement
 from moe_offload.layer_tensors import LayerParts, LayerTensors
+from moe_offload.learned_forecast import LearnedForecast, Step
 from moe_offload.memory import format_bytes
 from moe_offload.models.errors import NotEnoughMemoryError
 from moe_offload.models.skeleton import Skeleton
 from moe_offload.options import Options, Progress
+from moe_offload.predictor.fast_network import FastNetwork
 from moe_offload.scheduling import arrangement, planner
 from moe_offload.scheduling.guard import Guard
 from moe_offload.scheduling.policies import find_policy
+from moe_offload.scheduling.predicted import PredictedUse
 from moe_offload.scheduling.recent_use import RecentUse
 from moe_offload.stored_records import StoredSource, stored_record
 from moe_offload.transfer.accelerator import Accelerator, OutOfDeviceMemoryError, Work
@@ -157,8 +161,11 @@ class DeviceSide:
         cache = ExpertCache(
             len(layers), experts, len(self.slots), EVICTIONS[self.policy.eviction](), record_bytes=record_bytes
         )
-        forecast = RecentUse(len(layers), max(experts), top_k=top_k)
-        parts = Parts(accelerator, self.slots, cache, self.queue, self.store, self.costs, kinds, record_bytes, forecast)
+        self.forecast = PredictedUse(RecentUse(len(layers), max(experts), top_k=top_k), len(layers))
+        self.learned: LearnedForecast | None = None
+        parts = Parts(
+            accelerator, self.slots, cache, self.queue, self.store, self.costs, kinds, record_bytes, self.forecast
+        )
         self.guard = Guard() if self.policy.prefetch else None
         self.dispatcher = Dispatcher(parts, self.policy, self.guard, overlap=options.overlap)
         compile_planners(progress)
@@ -260,6 +267,8 @@ class DeviceSide:
         if not len(groups.experts):  # no tokens, or experts of somebody else
             return torch.zeros_like(hidden_states), 0
         rows = np.diff(groups.offsets)
+        if self.learned is not None:
+            self.learned.note(layer, *self._tensors.host_inputs())
         self.dispatcher.run(layer, groups.experts, rows, len(hidden_states), self._tensors)
         return self._tensors.result, len(groups.experts)
 
@@ -312,6 +321,13 @@ class DeviceSide:
         """Place the KV cache that a forward is about to use. Raises OutOfDeviceMemoryError."""
         if self.placement is not None:
             self.placement.hook(model, (), kwargs)
+        if self.learned is not None:
+            self.learned.begin_step(_sequences(kwargs))
+
+    def start_predictor(self, predictor: FastNetwork, name: str) -> None:
+        """Have it say what the next layers will want."""
+        with self._lock:
+            self.learned = LearnedForecast(predictor, self.forecast, self.accelerator, name, adapt=self.options.adapt)
 
     def stats(self) -> DeviceStats:
         """What was counted so far."""
@@ -331,6 +347,17 @@ class DeviceSide:
             self.accelerator.close()
             self.slots.forget()
             self._tensors.forget()
+
+
+def _sequences(kwargs: dict[str, Any]) -> Step:
+    """What a model's forward with these arguments is about to go through."""
+    inputs = kwargs.get("input_ids")
+    inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
+    if inputs is None or inputs.dim() < 2:
+        return Step(0, 1, True)
+    cache = kwargs.get("past_key_values")
+    anew = not isinstance(cache, Cache) or int(cache.get_seq_length()) == 0
+    return Step(int(inputs.shape[0]), int(inputs.shape[1]), anew)
 
 
 def compile_planners(progress: Progress | None) -> None:

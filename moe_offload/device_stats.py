@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moe_offload.memory import format_bytes
+from moe_offload.predictor_stats import PredictorStats
 from moe_offload.scheduling.guard import Verdict
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class DeviceStats:
 
     overlap: share of the copies' time during which nobody waited for them; None where nothing was copied. seconds: of
     the host, by what it did; "model" is what the model's own modules took, and all else. kv_on_host: layers whose KV
-    cache is in host memory; None before the first forward with a cache.
+    cache is in host memory; None before the first forward with a cache. predictor: None where there is none.
     """
 
     device: str
@@ -65,6 +66,7 @@ class DeviceStats:
     attention_on_device: int
     crossover: str
     guard: tuple[Verdict, ...]
+    predictor: PredictorStats | None
 
     @property
     def hit_rate(self) -> float:
@@ -108,6 +110,7 @@ def device_stats(side: "DeviceSide") -> DeviceStats:
         attention_on_device=side.attention.device_calls,
         crossover=side.costs.describe(),
         guard=() if side.guard is None else side.guard.verdicts(),
+        predictor=None if side.learned is None else side.learned.stats(),
     )
 
 
@@ -136,6 +139,8 @@ def stats_table(stats: DeviceStats) -> tuple[Text, Table]:
         + ("" if not stats.kv_on_host else f"; the KV cache of {stats.kv_on_host} layers is in host memory"),
         *stats.crossover.splitlines(),
     ]
+    if stats.predictor is not None:
+        lines.append(stats.predictor.describe())
     for each in stats.guard:
         lines.append(f"guard, {_tokens(each)}: {_verdict(each)}")
     table = Table(box=None, padding=(0, 1, 0, 0))

@@ -42,6 +42,8 @@ from moe_offload.models.experts_function import attach_handle, detach_handle
 from moe_offload.models.skeleton import Skeleton
 from moe_offload.models.spec import MoeSpec
 from moe_offload.options import Dense, Options, Progress
+from moe_offload.pack_key import content_key
+from moe_offload.predictor_choice import choose_predictor, make_network
 from moe_offload.statistics import Statistics
 from moe_offload.trace_file import write_trace
 from moe_offload.transfer.accelerator import Accelerator
@@ -115,6 +117,26 @@ class Engine:
             self._model, self._skeleton, layers, self._pack, self.options, accelerator, self._dtype, self.threads,
             progress,
         )  # fmt: skip
+
+    def start_predictor(self, progress: Progress | None = None) -> None:
+        """Give the device's side the predictor that the options ask for, once `model.offload` is this engine.
+
+        Raises OptionError when that is a file which cannot be used.
+        """
+        side, options = self._device, self.options
+        if side is None or not side.policy.prefetch or side.policy.forecast != "popularity":
+            if options.names_predictor:
+                raise OptionError(
+                    f"predictor={str(options.predictor)!r} has nobody to tell: "
+                    + ("there is no device" if side is None else f"policy {options.policy!r} copies nothing ahead")
+                )
+            return
+        checkpoint = self._skeleton.checkpoint
+        chosen = choose_predictor(options.predictor, self.spec, lambda: content_key(self.spec, checkpoint))
+        if chosen is not None:
+            network = make_network(self._model, chosen, self._team, progress)
+            if network is not None:
+                side.start_predictor(network, chosen.name)
 
     @property
     def spec(self) -> MoeSpec:

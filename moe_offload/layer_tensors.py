@@ -105,6 +105,7 @@ class LayerTensors:
         )  # fmt: skip
         accelerator.compute.synchronize()
         self._parts, self._module, self._hidden_states = parts, module, hidden_states
+        self._shape = tokens, top_k
         self._groups = groups = group_tokens(
             _host(room.choices, np.int64, tokens, top_k), _host(room.weights, np.float32, tokens, top_k),
             parts.num_experts,
@@ -114,6 +115,16 @@ class LayerTensors:
         _host(room.row_weights, np.float32, rows, write=True)[:] = groups.weights
         self._started = False
         return groups
+
+    def host_inputs(self) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Hidden states [T, H] and choices [T, K] of the layer that began last, until the next one begins."""
+        room = self._staging
+        assert room is not None
+        tokens, top_k = self._shape
+        return (
+            _host(room.hidden, np.float32, *self._hidden_states.shape),
+            _host(room.choices, np.int64, tokens, top_k),
+        )
 
     def on_device(self, positions: NDArray[np.int64], slots: Sequence[int]) -> None:
         """As of `LayerWork`."""

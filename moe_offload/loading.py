@@ -32,6 +32,8 @@ def load(
     ram: str | int | None = None,
     policy: str = "ours",
     overlap: bool = True,
+    predictor: str | os.PathLike[str] = "auto",
+    adapt: bool = True,
     dtype: Any = "auto",
     attn_implementation: str | None = None,
     device_map: Any = None,
@@ -45,8 +47,7 @@ def load(
 
     model: a folder in Hugging Face format, the id of a model on the Hub, or "demo" for the model in this package.
     weights, threads, memory_limit, gemm_rows, activations, pack_dir, dense, fused_decode, device, gpu_memory, ram,
-    policy, overlap: see
-        `Options`; sizes may be strings such as "6GiB".
+    policy, overlap, predictor, adapt: see `Options`; sizes may be strings such as "6GiB".
     dtype, attn_implementation, device_map, revision, token, cache_dir, local_files_only: as in transformers'
         `from_pretrained`.
     progress: called with (what, done, total) while weights are converted (bytes) and kernels are compiled.
@@ -77,6 +78,8 @@ def load(
         ram=ram,
         policy=policy,
         overlap=overlap,
+        predictor=predictor,
+        adapt=adapt,
         inner=inner,
         progress=progress,
     )

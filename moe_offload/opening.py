@@ -37,6 +37,8 @@ class ModelOptions:
     gpu_memory: int | None = None
     ram: int | None = None
     policy: str = "ours"
+    predictor: str = "auto"
+    adapt: bool = True
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -54,6 +56,7 @@ class ModelOptions:
             cast(Weights, self.weights), self.threads, self.memory_limit,
             activations=cast(Activations, self.activations), pack_dir=self.pack_dir, dense=cast(Dense, self.dense),
             device=self.device, gpu_memory=self.gpu_memory, ram=self.ram, policy=self.policy,
+            predictor=self.predictor, adapt=self.adapt,
         )  # fmt: skip
 
 
@@ -98,6 +101,8 @@ class OpenedModel:
                     gpu_memory=options.gpu_memory,
                     ram=options.ram,
                     policy=options.policy,
+                    predictor=options.predictor,
+                    adapt=options.adapt,
                     progress=showing(activity),
                 )
             finally:

@@ -16,6 +16,8 @@ Weights = Literal["auto", "bf16", "f16", "f32", "fp8", "mxfp4", "int8", "int4"]
 Activations = Literal["auto", "int16", "int8", "f32"]
 DenseFormat = Literal["int8", "int4"]
 Dense = Literal["auto", "stored", "int8", "int4"]
+NO_PREDICTOR, LOOK_AHEAD = "off", "look-ahead"
+NO_PREDICTOR_FILE = ("auto", NO_PREDICTOR, LOOK_AHEAD)  # predictors without a file that the user names
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +43,10 @@ class Options:
     gpu_memory: bytes of the device's memory that the model may take, all in all; None takes what is free. ram: bytes of
     page-locked host memory for experts on their way to the device; None takes as many as there are experts. policy: who
     decides what runs where; see `scheduling/policies.py`. overlap: False waits for every copy and launch before the
-    next: the same decisions one after the other. fused_decode: run a decode step's layers in one launch each where the
-    architecture is known (decode_modules.py);
+    next: the same decisions one after the other. predictor: what says which experts the next layers will want, for a
+    device's policies that copy ahead: "auto" (the one trained for this model, if there is one), "off", "look-ahead"
+    (the next layers' routers) or a file; see `predictor_choice.py`. adapt: whether it follows the traffic.
+    fused_decode: run a decode step's layers in one launch each where the architecture is known (decode_modules.py);
         False leaves every layer to transformers' modules.
 
     Raises OptionError for values out of bounds.
@@ -61,6 +65,8 @@ class Options:
     ram: int | None = None
     policy: str = "ours"
     overlap: bool = True
+    predictor: str | os.PathLike[str] = "auto"
+    adapt: bool = True
 
     def dense_format(self, packed: bool, device: bool = False) -> Dense:
         """What `dense` comes to: "stored", "int8" or "int4".
@@ -71,12 +77,21 @@ class Options:
             return self.dense
         return "int8" if packed and not device else "stored"
 
+    @property
+    def names_predictor(self) -> bool:
+        """Whether `predictor` is a file."""
+        return self.predictor not in NO_PREDICTOR_FILE
+
     def __post_init__(self) -> None:
         for name, known in (("weights", Weights), ("activations", Activations), ("dense", Dense)):
             if getattr(self, name) not in get_args(known):
                 raise OptionError(f"{name}={getattr(self, name)!r} is not one of {', '.join(get_args(known))}")
         if self.pack_dir is not None and (not isinstance(self.pack_dir, str | os.PathLike) or not str(self.pack_dir)):
             raise OptionError(f"pack_dir={self.pack_dir!r} is not the name of a folder")
+        if not isinstance(self.predictor, str | os.PathLike) or not str(self.predictor):
+            raise OptionError(f"predictor={self.predictor!r} is not {', '.join(NO_PREDICTOR_FILE)} or a file's name")
+        if self.device == "cpu" and self.names_predictor:
+            raise OptionError(f"predictor={str(self.predictor)!r} says what to copy to a device, but device is 'cpu'")
         if self.policy not in POLICIES:
             raise OptionError(f"there is no policy {self.policy!r}: choose one of {', '.join(POLICIES)}")
         if self.device not in ("auto", "cpu", "cuda"):

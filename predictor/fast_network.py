@@ -58,7 +58,7 @@ class FastNetwork:
         self._team, self._kernels = team, Kernels()
         self._plans: dict[tuple[Form, int], Plan] = {}
         self._addresses = [np.array([*each.addresses(), 0, 0, 0, 0], np.int64) for each in self.sources]
-        self._step = self._sequences = self._length = 0
+        self.step = self._sequences = self._length = 0
         self._routed_at = np.full(self.layers, _NEVER)
         self._make_room(0)
         self.seen: Seen | None = None
@@ -75,7 +75,7 @@ class FastNetwork:
 
     def begin_step(self, sequences: int, length: int, *, anew: bool = False) -> None:
         """A forward pass with the next `length` tokens of each sequence; anew: the first ones."""
-        self._step += 1
+        self.step += 1
         self._length = length
         if sequences != self._sequences:
             self._sequences = sequences
@@ -95,7 +95,7 @@ class FastNetwork:
         last = chosen[self._length - 1 :: self._length]
         if last.shape == routed.shape and len(chosen) == len(routed) * self._length:
             routed[...] = last
-            self._routed_at[layer] = self._step
+            self._routed_at[layer] = self.step
 
     def predict(self, source: int, hidden: NDArray[np.float32], chosen: NDArray[np.int64] | None) -> Batch:
         """From the states [T, H] that went into the experts of layer source - 1, and what they were routed to [T, K].
@@ -114,7 +114,7 @@ class FastNetwork:
         )  # fmt: skip
         before = self._routed[source : source + DISTANCES]
         known = self._length == 1 and before.shape[1] == tokens
-        known = known and bool((self._routed_at[source : source + DISTANCES] == self._step - 1).all())
+        known = known and bool((self._routed_at[source : source + DISTANCES] == self.step - 1).all())
         who = _NOBODY if chosen is None else chosen[: rows * stride : stride]
         with self._team.lock:
             point(plan.places, addresses)

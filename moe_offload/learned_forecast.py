@@ -1,0 +1,101 @@
+"""A learned predictor behind the prefetcher's forecast: what the next layers' calls will want, made when it is asked.
+
+At each MoE layer the engine notes what went into the layer's experts. From that the network can tell the three layers
+that follow; it is promised to the forecast, and computed only if the prefetcher asks, which it does when all of the
+layer's work is enqueued on the device. A promise dies with the next layer's note.
+
+The time that a prediction takes is the host's. On a simulated accelerator it is charged like the experts' work: a job
+that reads the source's weights.
+"""
+
+import time
+from collections import deque
+from statistics import median
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe_offload.predictor.adaptation import Adaptation
+from moe_offload.predictor.fast_network import MOST_ROWS, Batch, FastNetwork
+from moe_offload.predictor.trace import DISTANCES
+from moe_offload.predictor_stats import PredictorStats
+from moe_offload.scheduling.predicted import Foreseen, PredictedUse
+from moe_offload.transfer.accelerator import Accelerator, Work
+
+_TIMED = 1024  # calls whose time is remembered
+
+
+class Step(NamedTuple):
+    """A forward pass: the next `length` tokens of each sequence; anew: the first ones."""
+
+    sequences: int
+    length: int
+    anew: bool
+
+
+class LearnedForecast:
+    """Ties a network to a forecast. One forward pass at a time, layers in order.
+
+    name: for people. adapt: whether the network follows the traffic.
+    """
+
+    def __init__(
+        self, network: FastNetwork, forecast: PredictedUse, accelerator: Accelerator, name: str, *, adapt: bool
+    ) -> None:
+        self.network, self.name = network, name
+        self.adaptation = Adaptation(network, learn=adapt)
+        self._forecast, self._accelerator = forecast, accelerator
+        self._source = 0
+        self._hidden: NDArray[np.float32] | None = None
+        self._chosen: NDArray[np.int64] | None = None
+        self._made: Batch | None = None
+        self._calls = 0
+        self._seconds: deque[float] = deque(maxlen=_TIMED)
+
+    def begin_step(self, step: Step) -> None:
+        """A forward pass begins."""
+        self._forget()
+        self.network.begin_step(step.sequences, step.length, anew=step.anew)
+
+    def note(self, layer: int, hidden: NDArray[np.float32], chosen: NDArray[np.int64]) -> None:
+        """What the layer's experts get [T, H], and which they are [T, K]. `hidden` is read until the next note."""
+        self._forget()
+        self.adaptation.observe(layer, chosen)
+        self.network.observe(layer, chosen)
+        if layer + 1 < self.network.layers and len(hidden):
+            self._source, self._hidden, self._chosen = layer + 1, hidden, chosen
+            until = min(layer + 1 + DISTANCES, self.network.layers)
+            self._forecast.expect(range(layer + 1, until), self._foresee)
+
+    def _forget(self) -> None:
+        self._hidden = self._chosen = self._made = None
+
+    def _foresee(self, layer: int) -> Foreseen | None:
+        hidden, distance = self._hidden, layer - self._source
+        if hidden is None or not 0 <= distance < DISTANCES:
+            return None  # promised before another layer ran
+        if self._made is None:
+            rows = min(len(hidden), MOST_ROWS)
+            weights = self.network.sources[self._source]
+            work = Work(weights.read_bytes, 2 * weights.parameters, (rows,))
+            self._accelerator.run_host(self._predict, work, "predictor")
+        made = self._made
+        return None if made is None else Foreseen(made.presence[distance], made.rows[distance], len(hidden))
+
+    def _predict(self) -> None:
+        assert self._hidden is not None
+        started = time.perf_counter()
+        self._made = self.network.predict(self._source, self._hidden, self._chosen)
+        self.adaptation.record(self._source)
+        self._seconds.append(time.perf_counter() - started)
+        self._calls += 1
+
+    def stats(self) -> PredictorStats:
+        """What it came to so far."""
+        adaptation = self.adaptation
+        return PredictorStats(
+            self.name, self._calls, median(self._seconds) * 1e6 if self._seconds else None,
+            tuple(adaptation.recall(distance) for distance in range(1, DISTANCES + 1)),
+            adaptation.state, self.network.nbytes,
+        )  # fmt: skip
