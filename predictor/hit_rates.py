@@ -4,8 +4,8 @@ The tokens of a trace run layer by layer through a cache of C experts of all lay
 place of the least recently used. Belady, the oracle among caches that load on demand, knows the future and gives up
 what is used last. With a predictor LRU goes on, but before each layer runs, experts of it and of the next ones are
 loaded ahead where p * saving > cost: nearest layer first, most probable first, at most `copies` for each layer that
-runs (what the link carries beside), and none in place of another one that is as much expected. A copy is there when its
-layer runs.
+runs (what the link carries beside), and none in place of one that is expected before it. A copy is there when its layer
+runs.
 """
 
 import heapq
@@ -151,15 +151,18 @@ def ahead(requests: list[list[list[int]]], wanted: Wanted, capacity: int, copies
                 for target in range(layer, layers)
                 if target - layer < len(wanted[target])
             ]
-            keep = {expert for each in near for expert in each}
+            ranked = [expert for each in near for expert in each]
+            rank = {expert: at for at, expert in enumerate(ranked)}
             left = copies
-            for expert in (expert for each in near for expert in each):
+            for at, expert in enumerate(ranked):
                 if not left:
                     break
                 if expert in held:
                     continue
                 if len(held) == capacity:
-                    victim = next((each for each in held if each not in keep), None)
+                    victim = next((each for each in held if each not in rank), None)
+                    if victim is None:
+                        victim = next((each for each in reversed(ranked[at + 1 :]) if each in held), None)
                     if victim is None:
                         break
                     del held[victim]
