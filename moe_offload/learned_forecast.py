@@ -46,7 +46,7 @@ class LearnedForecast:
         self.network, self.name = network, name
         self.adaptation = Adaptation(network, learn=adapt)
         self._forecast, self._accelerator = forecast, accelerator
-        self._source = 0
+        self._source, self._layer = 0, -1
         self._hidden: NDArray[np.float32] | None = None
         self._chosen: NDArray[np.int64] | None = None
         self._made: Batch | None = None
@@ -56,11 +56,15 @@ class LearnedForecast:
     def begin_step(self, step: Step) -> None:
         """A forward pass begins."""
         self._forget()
+        self._layer = -1
         self.network.begin_step(step.sequences, step.length, anew=step.anew)
 
     def note(self, layer: int, hidden: NDArray[np.float32], chosen: NDArray[np.int64]) -> None:
         """What the layer's experts get [T, H], and which they are [T, K]. `hidden` is read until the next note."""
+        if layer <= self._layer:  # a forward pass that nobody announced, of unknown sequences
+            self.begin_step(Step(0, max(len(chosen), 1), True))
         self._forget()
+        self._layer = layer
         self.adaptation.observe(layer, chosen)
         self.network.observe(layer, chosen)
         if layer + 1 < self.network.layers and len(hidden):

@@ -58,7 +58,8 @@ class FastNetwork:
         self._team, self._kernels = team, Kernels()
         self._plans: dict[tuple[Form, int], Plan] = {}
         self._addresses = [np.array([*each.addresses(), 0, 0, 0, 0], np.int64) for each in self.sources]
-        self.step = self._sequences = self._length = 0
+        self.step = self._sequences = 0
+        self._length = 1
         self._routed_at = np.full(self.layers, _NEVER)
         self._make_room(0)
         self.seen: Seen | None = None
@@ -122,6 +123,8 @@ class FastNetwork:
             plan.chain.run(self._team)
         presence, expected = np.empty((2, DISTANCES * self.experts))
         unite(plan.probabilities, tokens / rows, presence, expected)
+        if goes_on and not np.isfinite(expected.sum()):
+            recent[...] = 0.0  # what is no number would stay in the average
         self.seen = Seen(plan, stride)
         shape = DISTANCES, self.experts
         return Batch(presence.reshape(shape), expected.reshape(shape))
