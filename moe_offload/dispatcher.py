@@ -85,6 +85,8 @@ class Dispatcher:
         self.dynamic = self.guard is None or self.guard.mode(tokens) == "dynamic"
         if was and not self.dynamic:
             self.copies.cancel_all()
+        if self.prefetcher is not None:
+            self.prefetcher.begin_step(tokens)
 
     def end_step(self) -> None:
         """The forward pass is through. The next one ends it too; then what lies in between counts as its time."""
@@ -93,6 +95,8 @@ class Dispatcher:
         seconds = self.parts.accelerator.now() - self._step_started
         if self.guard is not None:
             self.guard.record(self._tokens, "dynamic" if self.dynamic else "static", seconds)
+        if self.prefetcher is not None and self.dynamic:
+            self.prefetcher.end_step(self._tokens, seconds)
         self.counts.steps += 1
         self.counts.step_seconds += seconds
         self._tokens = 0
@@ -188,7 +192,7 @@ class Dispatcher:
         self.host_time.observe_enqueue(len(plan.gpu_order), len(plan.fetch_order), enqueued - planned)
         parts.forecast.observe(layer, experts, rows, tokens)
         if self.prefetcher is not None and self.dynamic:
-            self.prefetcher.look_ahead(layer, tokens, plan.seconds, self._prefetch)
+            self.prefetcher.look_ahead(layer, tokens, plan.seconds, self._prefetch, self.copies.call_off)
         ahead = clock()
         if len(cpu):
             work.on_cpu(cpu)

@@ -5,6 +5,12 @@ layers that can arrive in time are queued, best first, and those of this layer t
 worth more than the least valuable slot come behind them. Copies that wait can be called off; only as much as the link
 carries until the next decision is handed to the device (`CopyQueue.feed`), so an on-demand fetch waits for little.
 Every copy costs the host time that the CPU's experts wait for. It is measured: what saves less stays where it is.
+
+Where the next layers' calls are predicted (`Forecast.fresh`) it goes by the newest word: what waits is called off when
+it is not believed in any more; no more is queued than keeps the link busy until the next layer, by when more is known,
+the nearest layer first; and what a slot's expert saves counts less the further away its layer is. Whether predictions
+pay at all is measured: steps that use them, and the host's time for them, against steps that ask for none and copy
+nothing ahead.
 """
 
 import math
@@ -14,6 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from moe_offload.scheduling.guard import Guard
 from moe_offload.scheduling.policies import Policy
 from moe_offload.scheduling.prefetch import Yield, choose, savings
 from moe_offload.transfer.eviction import Score
@@ -31,7 +38,11 @@ LEAST_SHARE = 0.02  # of a copy's seconds: what it has to save at least for the 
 STAY = 8.0  # steps that an expert which is to stay is expected to
 NEWEST = 0.1  # how much the newest measurement of the host's time counts
 
+LAST = -1e30  # the priority of what may come whenever the link has nothing else
+FRESH_SCORES = 256  # steps after which all scores are set anew, so that none gets too small
+
 Prefetch = Callable[[int, int, float, float | None], int | None]
+CallOff = Callable[[tuple[int, int]], None]
 
 
 class Prefetcher:
@@ -39,6 +50,7 @@ class Prefetcher:
 
     def __init__(self, parts: "Parts", policy: Policy) -> None:
         self._parts = parts
+        self.horizon = HORIZON  # layers ahead; 0: nothing is copied but what is to stay
         self._layers = len(parts.kinds)
         eviction = parts.cache.eviction
         self._scores = eviction if isinstance(eviction, Score) else None
@@ -53,6 +65,20 @@ class Prefetcher:
         self._floor = 0.0  # worth of what was evicted last
         self._host = 0.0  # seconds of the host for one prefetch, and for looking ahead without any
         self._idle = 0.0
+        self._trials = Guard()  # "dynamic" stands for steps without predictions, "static" for steps with them
+        self._predicted = False  # this step uses predictions
+        self._offered = False  # there are any
+        self._told = 0  # layers until scores go without predictions again
+        self._turn = self._now = 0  # layers since all scores were set, and the one that ran last
+
+    def begin_step(self, tokens: int) -> None:
+        """A step begins: are predictions used in it?"""
+        self._predicted = self._offered and self._trials.mode(tokens) == "static"
+
+    def end_step(self, tokens: int, seconds: float) -> None:
+        """It took so long, with a cache that adapts."""
+        if self._offered:
+            self._trials.record(tokens, "static" if self._predicted else "dynamic", seconds)
 
     def protected(self, layer: int | None) -> set[int]:
         """Slots that wait for their layer to run. `layer` runs now: its own are its planner's from here on."""
@@ -72,7 +98,7 @@ class Prefetcher:
         """Slots were given up or renumbered: nothing waits for its layer any more."""
         self._early.clear()
 
-    def look_ahead(self, layer: int, tokens: int, plan_seconds: float, prefetch: Prefetch) -> None:
+    def look_ahead(self, layer: int, tokens: int, plan_seconds: float, prefetch: Prefetch, call_off: CallOff) -> None:
         """Layer `layer` of `tokens` tokens is dispatched, its CPU share about to run."""
         now = self._parts.accelerator.now()
         if tokens != self._tokens:
@@ -83,7 +109,13 @@ class Prefetcher:
             interval = now - self._last
             self._pace += PACE * (min(interval, 4 * self._pace) - self._pace) if self._pace else interval
         self._last = now
+        ahead = self._ahead(layer)
+        fresh = self._predicted and any(map(self._parts.forecast.fresh, ahead))
+        self._pass(layer, tokens, told=fresh)
         self._expect(layer, tokens, anew=True)
+        if fresh:
+            self._reconsider(tokens, call_off)
+            now = self._parts.accelerator.now()  # predicting is no part of what copies cost
         pace = self._pace or plan_seconds
         queue = self._parts.queue
         copy = self._parts.costs.layer_costs(self._parts.kinds[layer]).copy
@@ -91,10 +123,12 @@ class Prefetcher:
         # What waits holds its slot, and on-demand fetches need some too.
         held = max(len(queue.waiting), sum(map(len, self._early.values())))
         room = copy * max(int(self._parts.cache.slots * MOST_HELD) - held, 0)
-        for distance in range(1, min(HORIZON, self._layers - 1) + 1):
+        for distance, each in enumerate(ahead, 1):
             most = min(free, room)
-            used = most - self._stream((layer + distance) % self._layers, tokens, most, prefetch)
-            free, room = free - used + pace, room - used
+            if self._told:  # no more than keeps the link busy until the next layer, and what arrives in time
+                most = min(room, free + copy, free + (distance - 1) * pace)
+            used = most - self._stream(each, tokens, most, prefetch)
+            free, room = free - used + (0.0 if self._told else pace), room - used
         self._keep(layer, tokens, min(free, room), prefetch)
         fed = queue.feed(pace) / self._parts.record_bytes[layer]
         spent = self._parts.accelerator.now() - now
@@ -116,21 +150,68 @@ class Prefetcher:
             later = savings(usual, rows / np.maximum(presence, 1e-9) * usual, costs)
             self._kept[layer] = kept = saved / STAY + later * (1 - 1 / STAY)
             if self._scores is not None:
-                self._scores.set_scores(layer, kept)
+                self._scores.set_scores(layer, kept * self._nearness(layer))
         return saved
+
+    def _ahead(self, layer: int) -> list[int]:
+        """The next layers, nearest first; none in steps that do without the predictions that there are."""
+        parts, count = self._parts, min(self.horizon, self._layers - 1)
+        ahead = [(layer + distance) % self._layers for distance in range(1, count + 1)]
+        self._offered = self._offered or any(map(parts.forecast.fresh, ahead))
+        return ahead if self._predicted or not self._offered else []
+
+    def _pass(self, layer: int, tokens: int, *, told: bool) -> None:
+        """A layer has run: all others are one nearer. told: the next ones are predicted."""
+        self._now, self._turn = layer, self._turn + 1
+        was, self._told = self._told, self._layers if told else max(self._told - 1, 0)
+        if bool(was) != bool(self._told) or (self._told and self._turn > FRESH_SCORES * self._layers):
+            self._turn = 0
+            for each in range(self._layers):
+                self._expect(each, tokens, anew=True)
+
+    def _distance(self, layer: int) -> int:
+        """Layers until it runs, at least 1."""
+        return (layer - self._now - 1) % self._layers + 1
+
+    def _nearness(self, layer: int) -> float:
+        """What a saving at the layer's next run counts: a share 1 / STAY less for a whole step later.
+
+        From a fixed point in time, so that as time passes all scores keep their proportion.
+        """
+        if not self._told:
+            return 1.0
+        return float((1 - 1 / STAY) ** ((self._turn + self._distance(layer)) / self._layers))
+
+    def _reconsider(self, tokens: int, call_off: CallOff) -> None:
+        """What waits for the link was believed in some layers ago; what is said now?"""
+        forecast, least = self._parts.forecast, self._host / self._yield.share
+        for key in self._parts.queue.waiting:
+            layer, expert = key
+            if expert in self._early.get(layer, {}) and forecast.fresh(layer):
+                saved = self._expect(layer, tokens, anew=True)[expert]
+                if saved > least:
+                    self._parts.queue.set_priority(key, self._priority(layer, float(saved)))
+                else:
+                    call_off(key)
+                    del self._early[layer][expert]
+
+    def _priority(self, layer: int, saves: float) -> float:
+        """The nearest layer first, where layers are predicted; else what saves most."""
+        return saves - self._turn - self._distance(layer) if self._told else saves
 
     def _stream(self, layer: int, tokens: int, free: float, prefetch: Prefetch) -> float:
         """Queue copies for the next run of `layer`; returns what is left of `free` seconds of the link."""
         copy = self._parts.costs.layer_costs(self._parts.kinds[layer]).copy
         if free < copy:
             return free
-        saved = self._expect(layer, tokens)
+        saved = self._expect(layer, tokens, anew=self._predicted and self._parts.forecast.fresh(layer))
         absent = self._absent(layer)
         # A slot that streams is used again every few layers, so it may displace what is worth more per step.
-        turns = self._layers / (HORIZON + 1)
+        turns = self._nearness(layer) * (1.0 if self._told else self._layers / (HORIZON + 1))
         presence, least = self._parts.forecast.presence(layer, tokens), self._host / self._yield.share
         for candidate in choose(layer, saved, saved, absent, free, copy, least):
-            slot = prefetch(layer, candidate.expert, candidate.saves, candidate.saves * turns)
+            priority = self._priority(layer, candidate.saves)
+            slot = prefetch(layer, candidate.expert, priority, candidate.saves * turns)
             if slot is None:
                 break
             self._early.setdefault(layer, {})[candidate.expert] = slot, float(presence[candidate.expert])
@@ -147,7 +228,8 @@ class Prefetcher:
         more = 1 + DISTINCTLY / math.sqrt(tokens)
         kept, least = self._kept[layer], self._floor * more + self._host / STAY
         for candidate in choose(layer, kept, kept, self._absent(layer), free, copy, least):
-            if prefetch(layer, candidate.expert, 0.0, candidate.keep / more) is None:
+            worth = candidate.keep / more * self._nearness(layer)
+            if prefetch(layer, candidate.expert, LAST if self._told else 0.0, worth) is None:
                 self._floor = max(self._floor, candidate.keep / more)
                 return
         self._floor *= 0.9

@@ -15,7 +15,7 @@ and every cache holds the experts that were used most in it, those that are kept
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -201,18 +201,26 @@ def calls_of(choices: Choices) -> list[RoutedCall]:
 class Simulation:
     """A policy on a server, step by step."""
 
-    def __init__(self, server: str, shape: Shape, policy: str, choices: Choices, seen: int, *, guarded: bool) -> None:
-        """choices [steps, L, T, K]; the first `seen` steps are known beforehand, and not run."""
+    def __init__(
+        self, server: str, shape: Shape, policy: str, choices: Choices, seen: int, *, guarded: bool,
+        slots: int | None = None,
+    ) -> None:  # fmt: skip
+        """choices [steps, L, T, K]; the first `seen` steps are known beforehand, and not run. slots: of the cache, on a
+        card with memory for it; None: as many as the server's card holds, up to `MOST`.
+        """
         self.profile, self.shape = find_profile(server), shape
         self.policy = find_policy("oracle" if policy == NEXT_ONLY else policy)
         self.batch = choices.shape[2]
-        self.accelerator = VirtualAccelerator(self.profile, ghost=True)
         positions = CONTEXT * self.batch
+        room = shape.dense_bytes + WORKSPACE + positions * shape.kv_bytes
+        if slots is None:
+            card, slots = self.profile, cache_slots(self.profile, shape, positions)
+        else:
+            card = replace(self.profile, memory_bytes=room + (slots + 1) * (shape.expert_bytes + 256))
+        self.accelerator = VirtualAccelerator(card, ghost=True)
         self.accelerator.reserve(shape.dense_bytes + WORKSPACE - (1 << 20), "weights and workspace")
         self.accelerator.reserve(positions * shape.kv_bytes, "KV cache")
-        self.slots = DeviceSlots(
-            self.accelerator, shape.expert_bytes, cache_slots(self.profile, shape, positions), least=2
-        )
+        self.slots = DeviceSlots(self.accelerator, shape.expert_bytes, slots, least=2)
         experts = [shape.experts] * shape.layers
         record_bytes = [shape.expert_bytes] * shape.layers
         eviction = make_eviction(self.policy.eviction)
@@ -262,6 +270,9 @@ class Simulation:
         """As if so many steps had been run."""
         self._next += steps * self.shape.layers
 
+    def before_experts(self, layer: int) -> None:
+        """Its router has spoken, in a step of decoding; for who wants to know."""
+
     def step(self) -> None:
         """One token of every sequence."""
         positions = CONTEXT * self.batch
@@ -269,6 +280,7 @@ class Simulation:
             call = self._calls[self._next]
             self._next += 1
             self._layers.begin(self.batch, positions, call.rows)
+            self.before_experts(call.layer)
             self.dispatcher.run(call.layer, call.experts, call.rows, self.batch, self._layers)
         self._layers.end(self.batch)
         self.dispatcher.end_step()
@@ -295,7 +307,7 @@ def run_cell(server: str, shape: Shape, policy: str, choices: Choices, steps: St
     simulation.skip(0 if adapts else steps.warm - 1)
     for _ in range(steps.warm if adapts else 1):
         simulation.step()
-    return _measure(simulation, steps.counted, simulation.batch)
+    return measure(simulation, steps.counted)
 
 
 def run_prompt(server: str, shape: Shape, policy: str, choices: Choices, seen: int) -> Result | None:
@@ -309,11 +321,12 @@ def run_prompt(server: str, shape: Shape, policy: str, choices: Choices, seen: i
     return _end(simulation, 1, simulation.batch, started, counters, busy)
 
 
-def _measure(simulation: Simulation, steps: int, tokens: int) -> Result:
+def measure(simulation: Simulation, steps: int) -> Result:
+    """The next steps."""
     begun = _begin(simulation)
     for _ in range(steps):
         simulation.step()
-    return _end(simulation, steps, tokens, *begun)
+    return _end(simulation, steps, simulation.batch, *begun)
 
 
 def _begin(simulation: Simulation) -> tuple[float, Any, dict[str, float]]:

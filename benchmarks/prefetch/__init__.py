@@ -1,0 +1,1 @@
+"""What prefetching is worth, end to end on virtual servers."""
