@@ -92,20 +92,23 @@ def trace_model(
         if writer.projections is None:
             writer.set_projections(_projections(model, routers, ids, splits, info, like, progress))
         resumed = writer.sequences
-        expected = sum(len(each) + new_tokens for each in ids)
-        done = sum(len(each) + new_tokens for each in ids[:resumed])
+        done, expected = 0, sum(len(each) + new_tokens for each in ids[resumed:])
         recorder = Recorder(routers, writer.projections or ())
-        with recorder.watching(model):
-            for batch in _batches(ids, resumed):
-                recorder.clear()
-                ends = _run(model, np.stack([ids[each] for each in batch]), new_tokens)
-                recorded = recorder.recorded(len(batch))
-                for row, (number, end) in enumerate(zip(batch, ends, strict=True)):
-                    arrays = {name: array[row][:, :end] for name, array in recorded.items()}
-                    writer.append(TracedSequence(len(ids[number]), splits[number], **arrays))
-                    done += len(ids[number]) + new_tokens
-                if progress is not None:
-                    progress("tracing", done, expected)
+        try:
+            with recorder.watching(model):
+                for batch in _batches(ids, resumed):
+                    recorder.clear()
+                    ends = _run(model, np.stack([ids[each] for each in batch]), new_tokens)
+                    recorded = recorder.recorded(len(batch))
+                    for row, (number, end) in enumerate(zip(batch, ends, strict=True)):
+                        arrays = {name: array[row][:, :end] for name, array in recorded.items()}
+                        writer.append(TracedSequence(len(ids[number]), splits[number], **arrays))
+                        done += len(ids[number]) + new_tokens
+                    if progress is not None:
+                        progress("tracing", done, expected)
+        except KeyboardInterrupt:
+            writer.flush()
+            raise
     writer.finish(None if progress is None else lambda at, total: progress("writing", at, total))
     trace = read_trace(path, fingerprint)
     return TraceResult(path, info, trace.sequences, trace.experts.shape[1], resumed, False)

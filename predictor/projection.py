@@ -50,10 +50,9 @@ def _thin(centred: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np
 
 def quantise(rows: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
     """Rows [T, P] as integers of at most 127 and one scale each."""
-    limit = np.abs(rows).max(axis=1) / 127
-    scale = np.minimum(limit, 65504).astype(np.float16)
+    limit = np.minimum(np.abs(rows).max(axis=1) / 127, 65504)
+    scale = limit.astype(np.float16)
     # a scale that was rounded down would push the largest beyond 127
-    scale = np.where(scale < limit, np.nextafter(scale, np.float16(np.inf)), scale)
-    scale = np.minimum(scale, np.float16(65504))
+    scale = np.where(scale < limit, np.nextafter(scale, np.float16(65504)), scale)
     inverse = 1.0 / np.maximum(scale.astype(np.float32), np.finfo(np.float16).smallest_subnormal)
     return np.clip(np.rint(rows * inverse[:, None]), -127, 127).astype(np.int8), scale

@@ -24,7 +24,7 @@ Layer-major, so that one source or layer is read in one stretch. Metadata "moe_o
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -191,7 +191,8 @@ def _info(path: Path, metadata: dict[str, str]) -> TraceInfo:
     info = TraceInfo(**values)
     counts = (info.layers, info.experts, info.top_k, info.hidden_size, info.projected)
     sound = all(type(count) is int and count >= 1 for count in counts) and info.top_k <= info.experts <= 65536
-    if not sound or info.distances != DISTANCES or {type(getattr(info, f.name)) for f in fields(info)} - {int, str}:
+    texts = (info.model, info.model_type, info.note)
+    if not sound or info.distances != DISTANCES or not all(isinstance(text, str) for text in texts):
         raise TraceError(f"{path} has an impossible heading: make it again")
     return info
 
@@ -202,6 +203,9 @@ def _check(path: Path, trace: Trace) -> None:
     sound = len(lengths) and starts[0] == 0 and starts[-1] == tokens and (lengths > 0).all()
     if not sound or (trace.prompt_tokens < 1).any() or (trace.prompt_tokens > lengths).any() or trace.split.max() > 2:
         raise TraceError(f"{path} has sequences that overlap or are empty: make it again")
+    fitted = (trace.projection, trace.offset, trace.variance)
+    if not all(np.isfinite(each).all() for each in fitted) or trace.variance.min() < 0:
+        raise TraceError(f"{path} has projections that are no numbers: make it again")
     if tokens and int(trace.experts.max()) >= trace.info.experts:
         raise TraceError(f"{path} names expert {trace.experts.max()} of {trace.info.experts}: make it again")
 
