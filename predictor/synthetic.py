@@ -101,7 +101,7 @@ def synthetic_trace(size: Size, routing: Routing, *, learnable: float = 0.5, see
 
 
 def measure(trace: Trace) -> Routing:
-    """What a trace has of what can be asked for. Of few tokens `popular` comes out high: chance makes favourites, too."""
+    """What a trace has of what can be asked for. Of few tokens `popular` comes out high: chance makes favourites."""
     tokens = np.arange(trace.experts.shape[1])
     follows = tokens[trace.before(tokens) >= 0]
     popular, repeats = [], []
