@@ -23,12 +23,12 @@ from moe_offload.predictor.trace import DISTANCES
 
 ROWS = 4  # tokens learned from at once
 EVERY = 2  # calls of a layer, of which one is learned from, at one distance
-RATE = 0.1
-LEAST_RATE = 0.005
+RATE = 0.3
+LEAST_RATE = 0.01
 RECOVERY = 1.01  # of the rate, at each time
 SLOW = 0.02  # of the rate: the calibration's
 IGNORED = 0.01
-NEWEST = 0.03  # how much the newest tokens count in the averages
+NEWEST = 0.08  # how much the newest tokens count in the averages
 BEYOND = 2.0  # standard errors that count as noise
 TRUST = 16  # times learned before anything is said
 RECALLED = 0.02  # how much the newest tokens count for the recall
