@@ -90,7 +90,11 @@ def trace_model(
     splits = [TEST if like is not None else split_of(each) for each in ids]
     with torch.inference_mode():
         if writer.projections is None:
-            writer.set_projections(_projections(model, routers, ids, splits, info, like, progress))
+            try:
+                writer.set_projections(_projections(model, routers, ids, splits, info, like, progress))
+            except TraceError:
+                writer.discard()
+                raise
         resumed = writer.sequences
         done, expected = 0, sum(len(each) + new_tokens for each in ids[resumed:])
         recorder = Recorder(routers, writer.projections or ())

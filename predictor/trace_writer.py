@@ -148,6 +148,10 @@ class TraceWriter:
             return (part[name] for part in self._parts)
 
         self._write(self.path, specs, heading(self.info), fill, total)
+        self.discard()
+
+    def discard(self) -> None:
+        """Remove all parts."""
         self._parts = []
         shutil.rmtree(self.folder, ignore_errors=True)
 
