@@ -65,6 +65,7 @@ class Prefetcher:
         self._floor = 0.0  # worth of what was evicted last
         self._host = 0.0  # seconds of the host for one prefetch, and for looking ahead without any
         self._idle = 0.0
+        self._asked = 0.0  # seconds for predictions, in this layer
         self._trials = Guard()  # "dynamic" stands for steps without predictions, "static" for steps with them
         self._predicted = False  # this step uses predictions
         self._offered = False  # there are any
@@ -108,14 +109,13 @@ class Prefetcher:
         elif now > self._last:
             interval = now - self._last
             self._pace += PACE * (min(interval, 4 * self._pace) - self._pace) if self._pace else interval
-        self._last = now
+        self._last, self._asked = now, 0.0
         ahead = self._ahead(layer)
         fresh = self._predicted and any(map(self._parts.forecast.fresh, ahead))
         self._pass(layer, tokens, told=fresh)
         self._expect(layer, tokens, anew=True)
         if fresh:
             self._reconsider(tokens, call_off)
-            now = self._parts.accelerator.now()  # predicting is no part of what copies cost
         pace = self._pace or plan_seconds
         queue = self._parts.queue
         copy = self._parts.costs.layer_costs(self._parts.kinds[layer]).copy
@@ -131,7 +131,7 @@ class Prefetcher:
             free, room = free - used + (0.0 if self._told else pace), room - used
         self._keep(layer, tokens, min(free, room), prefetch)
         fed = queue.feed(pace) / self._parts.record_bytes[layer]
-        spent = self._parts.accelerator.now() - now
+        spent = self._parts.accelerator.now() - now - self._asked  # predicting is no part of what copies cost
         if fed:
             one = max(spent - self._idle, 0.0) / fed
             self._host += NEWEST * (one - self._host) if self._host else one
@@ -142,9 +142,10 @@ class Prefetcher:
     def _expect(self, layer: int, tokens: int, *, anew: bool = False) -> NDArray[np.float64]:
         saved = self._saved[layer]
         if saved is None or anew or self._saved_for[layer] != tokens:
-            parts = self._parts
+            parts, began = self._parts, self._parts.accelerator.now()
             presence, usual = parts.forecast.presence(layer, tokens), parts.forecast.usual_presence(layer, tokens)
             rows, costs = parts.forecast.expected_rows(layer, tokens), parts.costs.layer_costs(parts.kinds[layer])
+            self._asked += parts.accelerator.now() - began if self._told else 0.0
             saved = savings(presence, rows, costs)
             self._saved[layer], self._saved_for[layer] = saved, tokens
             later = savings(usual, rows / np.maximum(presence, 1e-9) * usual, costs)

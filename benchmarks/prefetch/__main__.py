@@ -1,0 +1,138 @@
+"""What is prefetching worth with popularity, look-ahead, a learned predictor and perfect knowledge? Simulated.
+
+    python -m benchmarks.prefetch [TRACE] [--train TRACE] [--predictor FILE] [--smoke]
+
+A cell is a virtual server, a routing, a batch and a cache of 10, 35 or 70 % of the experts, on a card that has the
+memory for it. Everything runs with our policy and its guard, and is compared with the same without prefetch
+(simulation.py). TRACE is of held-out text of the demo model, run with experts of gpt-oss's size; look-ahead is
+calibrated on the training sequences of another trace (--train) or its own. The other routing is synthetic. A predictor
+takes the host --cost microseconds a layer and --cost-token more for each token; perfect knowledge takes none, and knows
+the next three layers of the step.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.predictor.__main__ import DEMO_TRACE
+from benchmarks.prefetch.routes import Route, StepsOf, demo_route, demo_steps, synthetic_route, synthetic_steps
+from benchmarks.prefetch.simulation import run
+from benchmarks.reporting import progress, write_result
+from benchmarks.servers.simulation import CONTEXT, Result, Steps
+from moe_offload.predictor.network import LearnedPredictor
+from moe_offload.predictor.network_file import read_networks
+from moe_offload.predictor.synthetic import Routing, Size
+from moe_offload.predictor.trace import read_trace
+
+SERVERS = ("gtx1080ti", "t4", "rtx3090", "a100", "v100-6230r")
+SYNTHETIC_SERVERS = ("gtx1080ti", "a100")
+BATCHES = (1, 4, 16, 64)
+CACHES = (0.10, 0.35, 0.70)
+NOISE = 0.01
+SMOKE = Size(layers=4, experts=16, top_k=2, sequences=40, tokens=24, prompt_tokens=12, hidden=16)
+SMOKE_ROUTING = Routing(0.45, 0.35, (0.8, 0.7, 0.6))
+
+
+def cell(server: str, route: Route, batch: int, share: float, results: dict[str, Result]) -> dict[str, Any]:
+    """For JSON; gain: speed over that without prefetch."""
+    least = results["none"].seconds_per_step
+    return {
+        "server": server, "routing": route.name, "batch": batch, "cache": share,
+        "slots": results["none"].slots,
+        "gain": {name: round(least / each.seconds_per_step, 4) for name, each in results.items() if name != "none"},
+        "simulated": {
+            name: {
+                "ms_per_step": round(1e3 * each.seconds_per_step, 4), "hits": round(each.hits, 4), "busy": each.busy,
+                "guard": each.verdict,
+            }
+            for name, each in results.items()
+        },
+    }  # fmt: skip
+
+
+def cells_of(
+    route: Route, servers: tuple[str, ...], batches: tuple[int, ...], steps_of: StepsOf, cost: float, each: float
+) -> list[dict[str, Any]]:
+    """Every cell of a routing. cost, each: microseconds of a predictor for a layer, and for each token more."""
+    found = []
+    for batch in batches:
+        steps = steps_of(batch)
+        tokens = route.tokens(batch, steps.total)
+        ways, choices = route.ahead(tokens, 1e-6 * (cost + each * batch)), route.choices(tokens)
+        for server in servers:
+            progress(f"{route.name}, batch {batch}, {server}")
+            for share in CACHES:
+                results = {name: run(server, route.shape, choices, steps, share, way) for name, way in ways.items()}
+                found.append(cell(server, route, batch, share, results))
+    return found
+
+
+def show(console: Console, cells: list[dict[str, Any]]) -> None:
+    """A table for each routing."""
+    for name in dict.fromkeys(each["routing"] for each in cells):
+        group = [each for each in cells if each["routing"] == name]
+        ways = list(group[0]["gain"])
+        table = Table("", "without: ms a step, hits", *ways, title=f"{name} routing: simulated speed over no prefetch")
+        for each in group:
+            none = each["simulated"]["none"]
+            gains = [f"{each['gain'][way]:.3f}{'' if each['gain'][way] >= 1 - NOISE else ' !'}" for way in ways]
+            what = f"{each['server']}, batch {each['batch']}, {each['cache']:.0%}"
+            table.add_row(what, f"{none['ms_per_step']:.2f}, {none['hits']:.0%}", *gains)
+        console.print(table)
+
+
+def summary(cells: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """By way of looking ahead: least, mean and greatest gain, and the cells that are slower."""
+    found = {}
+    for way in dict.fromkeys(name for each in cells for name in each["gain"]):
+        gains = [each["gain"][way] for each in cells if way in each["gain"]]
+        slower = sum(gain < 1 - NOISE for gain in gains)
+        found[way] = {
+            "cells": len(gains), "slower": slower, "least": min(gains), "mean": round(sum(gains) / len(gains), 4),
+            "most": max(gains),
+        }  # fmt: skip
+    return found
+
+
+def main(
+    trace: Annotated[Path, typer.Argument(help="Trace of held-out text.")] = DEMO_TRACE,
+    train: Annotated[Path | None, typer.Option(help="Trace to calibrate look-ahead on.")] = None,
+    predictor: Annotated[Path | None, typer.Option(help="Trained predictor.")] = None,
+    cost: Annotated[float, typer.Option(min=0, help="Microseconds of a predictor for a layer.")] = 60.0,
+    cost_token: Annotated[float, typer.Option(min=0, help="And for each token more.")] = 4.0,
+    smoke: Annotated[bool, typer.Option(help="One server, a small synthetic trace; writes nothing.")] = False,
+) -> None:
+    """Measure what prefetching is worth on virtual servers."""
+    console = Console()
+    if smoke:
+        route = synthetic_route(SMOKE, SMOKE_ROUTING)
+        cells = cells_of(route, SERVERS[:1], BATCHES[:2], lambda batch: Steps(4, 4, 4), cost, cost_token)
+        show(console, cells)
+        console.print(f"smoke: simulated, synthetic: {summary(cells)}")
+        return
+    held_out = read_trace(trace)
+    learned = (LearnedPredictor(read_networks(predictor, held_out.info.model).networks),) if predictor else ()
+    fitted = held_out if train is None else read_trace(train, held_out.info.model)
+    cells = cells_of(demo_route(held_out, fitted, learned), SERVERS, BATCHES, demo_steps, cost, cost_token)
+    cells += cells_of(synthetic_route(), SYNTHETIC_SERVERS, BATCHES, synthetic_steps, cost, cost_token)
+    show(console, cells)
+    sums = {name: summary([each for each in cells if each["routing"] == name]) for name in ("demo", "synthetic")}
+    for name, found in sums.items():
+        console.print(f"simulated, {name} routing: {found}")
+    write_result(
+        "prefetch",
+        {
+            "question": "simulated speed of decoding with prefetch over that without, on virtual servers",
+            "simulated": "all figures are of a virtual accelerator's clock, with estimated servers",
+            "routing": {"demo": held_out.info.note, "synthetic": "synthetic: made up, as predictable as published"},
+            "predictor_microseconds": {"layer": cost, "token": cost_token}, "context": CONTEXT,
+            "summary": sums, "cells": cells,
+        },
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,79 @@
+"""What is run: the demo model's real routing on held-out text, and a synthetic model of full size."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.prefetch.foresight import Foresight, of_predictor
+from benchmarks.prefetch.simulation import Ahead, of_layers
+from benchmarks.servers.routing import Choices
+from benchmarks.servers.shapes import DEMO, SHAPES, Shape
+from benchmarks.servers.simulation import Steps
+from moe_offload.predictor.baselines import LookAhead, Perfect
+from moe_offload.predictor.interface import Predictor
+from moe_offload.predictor.synthetic import Routing, Size, synthetic_trace
+from moe_offload.predictor.trace import TEST, TRAIN, VALIDATION, Trace
+
+Sequences = NDArray[np.int64]
+QWEN3 = next(shape for shape in SHAPES if shape.experts == 128)
+# Qwen3-30B: skew and repeats as benchmarks/servers has them, the look-ahead's recall as published
+PUBLISHED = Routing(popular=0.6, repeats=0.40, recall=(0.886, 0.85, 0.81))
+FULL_SIZE = Size(sequences=80, tokens=64)
+
+
+class Route(NamedTuple):
+    """shape: its bytes and times. held_out: sequences of `trace` that are run. predictors: fitted on other ones."""
+
+    name: str
+    shape: Shape
+    trace: Trace
+    held_out: Sequences
+    predictors: tuple[Predictor, ...]
+
+    def tokens(self, batch: int, steps: int) -> NDArray[np.int64]:
+        """[steps, T] tokens of the trace: sequences one behind the other, each stream beginning elsewhere."""
+        found = self.trace.tokens(self.held_out)
+        step, stream = np.ogrid[:steps, :batch]
+        return np.asarray(found[(step + stream * max(len(found) // batch, 1)) % len(found)])
+
+    def choices(self, tokens: NDArray[np.int64]) -> Choices:
+        """[steps, L, T, K] of these tokens."""
+        return np.asarray(self.trace.experts[:, tokens].transpose(1, 0, 2, 3), np.int64)
+
+    def ahead(self, tokens: NDArray[np.int64], seconds: float) -> Mapping[str, Ahead]:
+        """By name, every way to look ahead; seconds: of a predictor, for a layer. None is first, perfect last."""
+        perfect: Foresight = of_predictor(Perfect(), self.trace, tokens, 0.0)
+        said = {each.name: of_predictor(each, self.trace, tokens, seconds) for each in self.predictors}
+        return {"none": "none", "popularity": "popularity", **said, Perfect.name: perfect}
+
+
+def demo_route(trace: Trace, fitted: Trace, learned: tuple[Predictor, ...]) -> Route:
+    """The demo model's layers and routing, with experts of a size that is worth offloading."""
+    shape = replace(of_layers(DEMO, trace.info.layers), experts=trace.info.experts, top_k=trace.info.top_k)
+    look_ahead = LookAhead.fit(fitted, fitted.in_split(TRAIN))
+    return Route("demo", shape, trace, trace.in_split(TEST), (look_ahead, *learned))
+
+
+def synthetic_route(size: Size = FULL_SIZE, routing: Routing = PUBLISHED, shape: Shape = QWEN3) -> Route:
+    """A model of Qwen3-30B-A3B's size with made-up routing, as predictable as published."""
+    trace = synthetic_trace(size, routing)
+    shape = replace(of_layers(shape, size.layers), experts=size.experts, top_k=size.top_k)
+    return Route(
+        "synthetic", shape, trace, trace.in_split(VALIDATION, TEST), (LookAhead.fit(trace, trace.in_split(TRAIN)),)
+    )
+
+
+StepsOf = Callable[[int], Steps]
+
+
+def demo_steps(batch: int) -> Steps:
+    """Few layers, many steps; the trials of the guard and of predictions are over when counting begins."""
+    return Steps(32, 64, 60)
+
+
+def synthetic_steps(batch: int) -> Steps:
+    """Fewer where they take longer; the first trials are over."""
+    return Steps(16, 32, 24 if batch < 16 else 12)
