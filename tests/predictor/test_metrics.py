@@ -165,10 +165,10 @@ def test_figures_of_different_sequences_have_no_paired_difference() -> None:
 
 
 def test_overlaps_are_for_prompts_alone() -> None:
-    trace = small_trace(np.zeros((1, 64, 1), int), 4, lengths=[32, 32], prompts=[16, 16])
-    said = Says(np.full((1, 64, 4), 0.05))
+    trace = small_trace(np.zeros((1, 128, 1), int), 4, lengths=[32] * 4, prompts=[16] * 4)
+    said = Says(np.full((1, 128, 4), 0.05))
     for decode in (True, False):
-        sample = sample_of(trace, [0, 1], decode=decode)
+        sample = sample_of(trace, range(4), decode=decode)
         plain, other = (evaluate(said, trace, sample, overlaps=each).at(1) for each in (None, {1: 0.5}))
         size = 4 if decode else 16
         changed = other.presence[size].brier.value != plain.presence[size].brier.value
