@@ -1,4 +1,4 @@
-"""The commands generate, chat, convert, info, trace, train-predictor and bench-cpu: their options, checked, and handed on.
+"""The commands: their options, checked, and handed on.
 
 torch and transformers are imported by a command when it runs, not with this module.
 """

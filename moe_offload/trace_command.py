@@ -51,12 +51,18 @@ class TraceWishes:
 
 
 def trace(opened: OpenedModel, wishes: TraceWishes, *, as_json: bool) -> int:
-    """Make the trace and say where it is. Returns the exit code.
+    """Make the trace and say where it is. Returns the exit code. Raises as `make_trace`."""
+    started = time.perf_counter()
+    _report(make_trace(opened, wishes), time.perf_counter() - started, as_json)
+    return 0
 
-    Raises OptionError for prompts that cannot be used, TraceError when there is no place for the trace.
+
+def make_trace(opened: OpenedModel, wishes: TraceWishes) -> TraceResult:
+    """Load the model and trace it.
+
+    Raises OptionError for prompts that cannot be used, MoeOffloadError when there is no place for the trace.
     """
     sequences = read_sequences(opened, wishes)
-    started = time.perf_counter()
     model, _ = opened.load()
     engine: Any = model.offload
     try:
@@ -77,8 +83,7 @@ def trace(opened: OpenedModel, wishes: TraceWishes, *, as_json: bool) -> int:
         raise MoeOffloadError(str(error)) from error
     finally:
         engine.close()
-    _report(result, time.perf_counter() - started, as_json)
-    return 0
+    return result
 
 
 def read_sequences(opened: OpenedModel, wishes: TraceWishes) -> list[list[int]]:

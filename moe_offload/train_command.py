@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.table import Table
 
 from moe_offload import terminal
@@ -15,7 +16,7 @@ from moe_offload.memory import format_bytes
 from moe_offload.models.checkpoint import Checkpoint
 from moe_offload.models.errors import MoeOffloadError, OptionError
 from moe_offload.models.spec import MoeSpec
-from moe_offload.opening import ModelOptions
+from moe_offload.opening import OpenedModel
 from moe_offload.pack_key import content_key
 from moe_offload.predictor.errors import PredictorError, TraceError
 from moe_offload.predictor.network_file import FORMAT, NetworkInfo, write_networks
@@ -23,6 +24,7 @@ from moe_offload.predictor.trace import DISTANCES, TRAIN, VALIDATION, Trace, rea
 from moe_offload.predictor.training import Settings, Trained, train_source
 from moe_offload.predictor_folder import predictor_path
 from moe_offload.progress import Activity
+from moe_offload.trace_command import TraceWishes, make_trace
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -33,6 +35,7 @@ class TrainWishes:
     trace: Path | None
     output: Path | None
     passes: int = Settings().passes
+    max_tokens: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -43,6 +46,8 @@ class TrainWishes:
             )
         if self.passes < 1:
             raise OptionError(f"--passes {self.passes} is out of bounds: it must be at least 1")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise OptionError(f"--max-tokens {self.max_tokens} is out of bounds: it must be at least 1")
         if self.seed < 0:
             raise OptionError(f"--seed {self.seed} is out of bounds: it must be at least 0")
         if self.output is not None and self.output.is_dir():
@@ -55,18 +60,41 @@ def identify(folder: Path) -> tuple[str, str]:
     return spec.model_type, content_key(spec, Checkpoint.open(folder))
 
 
-def train(options: ModelOptions, folder: Path, trace_path: Path, wishes: TrainWishes, *, as_json: bool) -> int:
-    """Train a predictor on a trace and keep it. Returns the exit code.
+def train_predictor(opened: OpenedModel, wishes: TrainWishes, *, as_json: bool) -> int:
+    """Train a predictor and keep it. Returns the exit code.
 
-    Raises MoeOffloadError when the trace is of another model or too small, or the predictor cannot be written.
+    Raises OptionError for prompts that cannot be used, MoeOffloadError when the trace is of another model or too small,
+    or there is no place for the trace or the predictor.
     """
-    model_type, fingerprint = identify(folder)
     started = time.perf_counter()
-    settings = Settings(passes=wishes.passes, seed=wishes.seed)
+    model_type, fingerprint = identify(opened.folder)
+    output = wishes.output or predictor_path(model_type, fingerprint)
+    if wishes.trace is not None:
+        return _train(opened, wishes, wishes.trace, fingerprint, output, started, as_json)
+    assert wishes.prompts is not None
+    beside = output.with_name(f"{output.name}.trace")
     try:
-        trace = read_trace(trace_path, fingerprint)
-        output = wishes.output or predictor_path(model_type, fingerprint)
-        found: list[Trained] = []
+        beside.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MoeOffloadError(f"cannot make the folder {beside.parent}: {error.strerror or error}; give -o") from error
+    beside.unlink(missing_ok=True)  # of other text, perhaps
+    make_trace(opened, TraceWishes(wishes.prompts, beside, max_tokens=wishes.max_tokens))
+    try:
+        return _train(opened, wishes, beside, fingerprint, output, started, as_json)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _train(
+    opened: OpenedModel, wishes: TrainWishes, path: Path, fingerprint: str, output: Path, started: float, as_json: bool
+) -> int:
+    settings = Settings(passes=wishes.passes, seed=wishes.seed)
+    options = opened.options
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    found: list[Trained] = []
+    try:
+        trace = read_trace(path, fingerprint)
         with Activity(f"training the predictor of {options.name}", enabled=options.show_progress) as activity:
             for source in range(trace.info.layers):
                 found.append(
@@ -77,7 +105,7 @@ def train(options: ModelOptions, folder: Path, trace_path: Path, wishes: TrainWi
         info = _info(trace, found)
         write_networks(output, info, [each.network for each in found])
     except KeyboardInterrupt:
-        terminal.note("interrupted: no predictor was written; the trace is kept")
+        terminal.note("interrupted: no predictor was written")
         raise
     except (TraceError, PredictorError) as error:
         raise MoeOffloadError(str(error)) from error

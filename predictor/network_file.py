@@ -8,6 +8,7 @@ Shapes: network.py.
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -72,7 +73,8 @@ def write_networks(path: Path, info: NetworkInfo, networks: Sequence[SourceNetwo
     except (OSError, SafetensorError) as error:
         raise PredictorError(f"cannot write the predictor {path}: {error}; give another place with -o") from error
     finally:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            beside.unlink()
 
 
 def read_networks(path: Path, model: str | None = None) -> NetworkFile:
