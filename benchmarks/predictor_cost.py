@@ -3,9 +3,9 @@
     python -m benchmarks.predictor_cost [--smoke] [--threads N]
 
 Qwen3-30B-A3B's shape: hidden 2048, 128 experts, 8 of them per token, 128 projections, 256 units, 1 or 2 blocks, three
-layers ahead. 48 sources are used in turn, each with weights of its own, so that none is in a cache when its turn comes.
-Beside it what reading a source's bytes takes at this machine's limit, and what the experts of one such layer take (int4,
-routing drawn at random). Results: results/predictor_cost.json. --smoke: small and few, nothing is written.
+layers ahead. 48 sources are used in turn, each with weights of its own, so that none is in a cache when its turn
+comes. Beside it what reading a source's bytes takes at this machine's limit, and what the experts of one such layer
+take (int4, routing drawn at random). Results: results/predictor_cost.json. --smoke: small and few, nothing is written.
 """
 
 import argparse

@@ -16,13 +16,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moe_offload.cpu_kernels.emit import F32, Emitter, Value, micro_kernel, vector
+from moe_offload.cpu_kernels.vector_ops import add_scaled
 from moe_offload.predictor.compiling import predicting
 from moe_offload.predictor.fast_network import FastNetwork
 from moe_offload.predictor.fast_weights import Tail
 from moe_offload.predictor.trace import DISTANCES
 
 ROWS = 4  # tokens learned from at once
-EVERY = 2  # calls of a layer, of which one is learned from, at one distance
+EVERY = 4  # calls of a layer, of which one is learned from, at one distance
 RATE = 0.3
 LEAST_RATE = 0.01
 RECOVERY = 1.01  # of the rate, at each time
@@ -32,6 +34,30 @@ NEWEST = 0.08  # how much the newest tokens count in the averages
 BEYOND = 2.0  # standard errors that count as noise
 TRUST = 16  # times learned before anything is said
 RECALLED = 0.02  # how much the newest tokens count for the recall
+
+
+def _dot(em: Emitter, a: Value, count: Value, b: Value) -> Value:
+    lanes = em.target.lanes
+    kind = vector(F32, lanes)
+    several = em.b.and_(count, em.i64(-4 * lanes))
+
+    def products(i: Value, sums: list[Value]) -> list[Value]:
+        at = [em.add(em.mul(i, 4), 4 * lanes * n) for n in range(len(sums))]
+        return [
+            em.fma(em.load(kind, em.add(a, each)), em.load(kind, em.add(b, each)), total)
+            for each, total in zip(at, sums, strict=True)
+        ]
+
+    def rest(i: Value, sums: list[Value]) -> list[Value]:
+        x, y = (em.load(F32, em.add(each, em.mul(i, 4))) for each in (a, b))
+        return [em.b.fadd(sums[0], em.b.fmul(x, y))]
+
+    sums = em.loop(0, several, 4 * lanes, [em.const(kind, 0.0)] * 4, products)
+    total = em.b.fadd(em.b.fadd(sums[0], sums[1]), em.b.fadd(sums[2], sums[3]))
+    return em.loop(several, count, 1, [em.sum_lanes(total)], rest)[0]
+
+
+dot = micro_kernel("dot", "iii:f", _dot)
 
 
 @predicting(
@@ -60,7 +86,8 @@ def _learn(
     work: 3 E + K + 1.
     """
     rows, experts = look.shape
-    width = units.shape[1]
+    width, weights = units.shape[1], out.ctypes.data
+    row = 4 * width
     scores, came, top = work[:experts], work[experts : 2 * experts], work[3 * experts :]
     slack = work[2 * experts : 3 * experts]
     brier = 0.0
@@ -72,26 +99,11 @@ def _learn(
             expert = chosen[r, k]
             if 0 <= expert < experts:
                 came[expert] = 1.0
-        size = np.float32(1.0)
-        for m in range(width):
-            size += units[r, m] * units[r, m]
+        inputs = units.ctypes.data + row * r
+        size = np.float32(1.0) + dot(inputs, width, inputs)
         kept = 0
         for e in range(experts):
-            # eight sums side by side: one after the other would wait for every addition
-            a0 = a1 = a2 = a3 = a4 = a5 = a6 = a7 = np.float32(0.0)
-            whole = width // 8 * 8
-            for m in range(0, whole, 8):
-                a0 += out[e, m] * units[r, m]
-                a1 += out[e, m + 1] * units[r, m + 1]
-                a2 += out[e, m + 2] * units[r, m + 2]
-                a3 += out[e, m + 3] * units[r, m + 3]
-                a4 += out[e, m + 4] * units[r, m + 4]
-                a5 += out[e, m + 5] * units[r, m + 5]
-                a6 += out[e, m + 6] * units[r, m + 6]
-                a7 += out[e, m + 7] * units[r, m + 7]
-            total = ((a0 + a1) + (a2 + a3)) + ((a4 + a5) + (a6 + a7))
-            for m in range(whole, width):
-                total += out[e, m] * units[r, m]
+            total = dot(weights + row * e, width, inputs)
             value = total + look[r, e] + bias[e]
             scores[e] = value
             if kept > top_k and not value > top[top_k]:
@@ -124,8 +136,7 @@ def _learn(
                 if abs(off) > IGNORED:
                     step = np.float32(rate * off / (a * size))
                     bias[e] -= step
-                    for m in range(width):
-                        out[e, m] -= step * units[r, m]
+                    add_scaled(weights + row * e, width, inputs, -step)
             shift[known[r], distance] -= np.float32(SLOW * rate * step_shift / top_k)
             changed = a - np.float32(SLOW * rate * step_slope / top_k)
             slope[known[r], distance] = min(max(changed, np.float32(0.1)), np.float32(20.0))
