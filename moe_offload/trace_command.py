@@ -160,7 +160,7 @@ def _prompts(text: str, tokenizer: PreTrainedTokenizerBase, wishes: TraceWishes)
         except (ValueError, RecursionError) as error:
             raise OptionError(f"{where} is not JSON ({error})") from error
         prompt = entry.get("prompt") if isinstance(entry, dict) else None
-        messages = entry.get("messages") if isinstance(entry, dict) else None
+        messages: Any = entry.get("messages") if isinstance(entry, dict) else None
         try:
             if isinstance(prompt, str) and prompt:
                 ids = encode_text(tokenizer, prompt)

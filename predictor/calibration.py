@@ -128,6 +128,6 @@ def reliability(probabilities: NDArray[Any], chosen: NDArray[np.bool_], bins: in
     index = np.minimum((p * bins).astype(np.int64), bins - 1)
     return Reliability(
         np.bincount(index, minlength=bins),
-        np.bincount(index, p, minlength=bins),
+        np.bincount(index, p, minlength=bins).astype(np.float64),
         np.bincount(index[y.astype(np.bool_)], minlength=bins),
     )

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_offload.predictor.interface import Predictor
-from moe_offload.predictor.resampling import Ratio
+from moe_offload.predictor.resampling import Ratio, ratio
 from moe_offload.predictor.samples import sample_of
 from moe_offload.predictor.trace import Trace
 
@@ -85,8 +85,7 @@ def hit_rates(
 
     def rate(hits: list[bool] | NDArray[np.bool_]) -> Ratio:
         by_token = np.asarray(hits, np.float64).reshape(tokens, -1).sum(axis=1)
-        whole = np.bincount(sample.unit, minlength=sample.units) * float(info.layers * info.top_k)
-        return Ratio(np.bincount(sample.unit, by_token, sample.units), whole)
+        return ratio(by_token, float(info.layers * info.top_k), sample.unit, sample.units)
 
     return HitRates(
         capacity,

@@ -175,6 +175,9 @@ class LearnedPredictor:
             part = tokens[start : start + 8192]
             known = view.known(part, decode=decode)
             scores = corrected(network, known)
-            both = [to_probabilities(network, scores, trace.info.top_k, known=flag)[:, distance - 1] for flag in (0, 1)]
+            both = [
+                to_probabilities(network, scores, trace.info.top_k, known=flag)[:, distance - 1]
+                for flag in (False, True)
+            ]
             found[start : start + 8192] = np.where(known.known[:, None] > 0, both[1], both[0])
         return found

@@ -130,7 +130,7 @@ def _network(path: Path, info: NetworkInfo, source: int, tensors: dict[str, Floa
             "slope": (2, DISTANCES), "shift": (2, DISTANCES),
         }  # fmt: skip
         found = {name: _take(tensors, f"{source}.{name}", shape) for name, shape in wanted.items()}
-        blocks = []
+        blocks: list[Block] = []
         while f"{source}.{len(blocks)}.inner" in tensors:
             of_block = {"inner": (units, units), "inner_bias": (units,), "down": (units, units)}
             blocks.append(Block(**{n: _take(tensors, f"{source}.{len(blocks)}.{n}", s) for n, s in of_block.items()}))

@@ -77,7 +77,8 @@ class Ratio:
 def ratio(part: NDArray[Any], whole: NDArray[Any] | float, unit: NDArray[np.int64], units: int) -> Ratio:
     """Sums by unit. part, whole: [n] of each token, or one number for all; unit: [n] which unit it is of."""
     weights = np.broadcast_to(np.asarray(whole, np.float64), unit.shape)
-    return Ratio(np.bincount(unit, part, units), np.bincount(unit, weights, units))
+    sums = (np.bincount(unit, each, units).astype(np.float64) for each in (part, weights))
+    return Ratio(*sums)
 
 
 def _interval(value: float, drawn: NDArray[np.float64]) -> Interval:

@@ -77,11 +77,11 @@ def write_tensors(
         with beside.open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for name in names:
-                dtype = DTYPES[specs[name][0]]
-                end = file.tell() + math.prod(specs[name][1]) * dtype.itemsize
+                kind = DTYPES[specs[name][0]]
+                end = file.tell() + math.prod(specs[name][1]) * kind.itemsize
 
-                def put(piece: Any, dtype: np.dtype[Any] = dtype) -> None:
-                    file.write(np.ascontiguousarray(piece, dtype).data)
+                def put(piece: Any, kind: np.dtype[Any] = kind) -> None:
+                    file.write(np.ascontiguousarray(piece, kind).data)
 
                 fill(name, put)
                 if file.tell() != end:

@@ -82,7 +82,7 @@ class _Module(nn.Module):
         self.down = nn.ModuleList(nn.Linear(units, units, bias=False) for _ in range(blocks))
         self.out = nn.Linear(units, DISTANCES * experts)
         for last in (self.out, *self.down):
-            nn.init.zeros_(last.weight)  # type: ignore[arg-type]
+            nn.init.zeros_(last.weight)
         nn.init.zeros_(self.out.bias)
         self.mean, self.deviation = mean, deviation
 
@@ -91,7 +91,8 @@ class _Module(nn.Module):
         g = functional.silu(self.gate(x)) * self.up(x)
         for inner, down in zip(self.inner, self.down, strict=True):
             g = g + down(functional.silu(inner(g)))
-        return look + self.out(g).view(len(x), DISTANCES, self.experts)
+        scores: Tensor = look + self.out(g).view(len(x), DISTANCES, self.experts)
+        return scores
 
     def network(self, projection: Floats, offset: Floats) -> SourceNetwork:
         """Its weights, with the standardisation folded in, and no calibration yet."""
@@ -146,7 +147,7 @@ def train_source(trace: Trace, source: int, settings: Settings, progress: Progre
         for batch in _batches(trace, source, view, training, settings, random):
             loss = _cross_entropy(module(batch.inputs, batch.look), batch.target).mean()
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
             done += len(batch.look)
@@ -188,7 +189,8 @@ def _batches(
         known.known[hide] = 0.0
         inputs, look = torch.from_numpy(known.inputs()), torch.from_numpy(known.look)
         target = torch.from_numpy(_target(trace, source, chunk))
-        for rows in torch.from_numpy(random.permutation(len(chunk))).split(settings.batch):
+        order_in_chunk = torch.from_numpy(random.permutation(len(chunk)))
+        for rows in torch.split(order_in_chunk, settings.batch):
             yield _Batch(inputs[rows], look[rows], target[rows])
 
 

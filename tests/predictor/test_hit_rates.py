@@ -93,7 +93,7 @@ def test_what_is_expected_before_is_not_given_up() -> None:
 
 def test_what_is_expected_later_makes_room() -> None:
     # Layer 1's expert is held from the token before; layer 0 needs both places.
-    wanted = [[[[], [0, 1]]], [[[], []], [[], [4]]]]
+    wanted: list[list[list[list[int]]]] = [[[[], [0, 1]]], [[[], []], [[], [4]]]]
     hits, loaded, used = ahead([[[2, 3], [4, 5]], [[0, 1], [4, 5]]], wanted, capacity=2, copies=2)
     assert hits == [False] * 4 + [True, True, False, False]
     assert (loaded, used) == (2, 2)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from moe_offload.predictor import network_file
 from moe_offload.predictor.errors import PredictorError
@@ -39,7 +40,7 @@ def trace() -> Trace:
 def random_network(trace: Trace, source: int, *, out: float, seed: int = 0, blocks: int = 1) -> SourceNetwork:
     rng = np.random.default_rng([seed, source])
 
-    def some(*shape: int) -> np.ndarray:
+    def some(*shape: int) -> NDArray[np.float32]:
         return rng.normal(0, 0.3, shape).astype(np.float32)
 
     experts, projected = trace.info.experts, trace.info.projected
@@ -49,7 +50,7 @@ def random_network(trace: Trace, source: int, *, out: float, seed: int = 0, bloc
         trace.projection[source] / deviation[:, None], trace.offset[source] / deviation,
         some(UNITS, inputs), some(UNITS), some(UNITS, inputs), some(UNITS),
         tuple(Block(some(UNITS, UNITS), some(UNITS), some(UNITS, UNITS)) for _ in range(blocks)),
-        out * some(DISTANCES, experts, UNITS), out * some(DISTANCES, experts),
+        np.float32(out) * some(DISTANCES, experts, UNITS), np.float32(out) * some(DISTANCES, experts),
         np.full((2, DISTANCES), 1.5, np.float32), np.full((2, DISTANCES), -0.2, np.float32),
     )  # fmt: skip
 
