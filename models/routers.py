@@ -133,7 +133,7 @@ class _Stop(Exception):
 
 class _Probe(NamedTuple):
     hidden: Floats  # [T, H] what the experts got
-    index: NDArray[np.int64]  # [T, K]
+    chosen: NDArray[np.int64]  # [T, K]
 
 
 def experts_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -208,9 +208,9 @@ def _best(
     agreement = np.zeros((count, len(paths)))
     for layer, (probe, forms) in enumerate(zip(probes, candidates, strict=True)):
         for number, form in enumerate(forms):
-            agreement[number, layer] = _agreement(form.scores(probe.hidden), probe.index)
+            agreement[number, layer] = _agreement(form.scores(probe.hidden), probe.chosen)
     best = int(agreement.mean(axis=1).argmax())  # the first of equals
-    top_k = probes[0].index.shape[1]
+    top_k = probes[0].chosen.shape[1]
     chance = top_k / experts
     worst = int(agreement[best].argmin())
     if agreement[best, worst] < chance + _AGREEMENT * (1 - chance):
@@ -289,7 +289,11 @@ def _read_norm(module: nn.Module, size: int) -> _Norm | None:
     x = ramp.to(like.dtype).float().numpy()
     expected = x / np.sqrt(np.square(x).mean()) * factor + shift
     scale = np.abs(expected).max()
-    return _Norm(factor, shift, centred) if np.abs(put(ramp) - expected).max() <= 0.02 * scale else None
+    return (
+        _Norm(factor.astype(np.float32), shift.astype(np.float32), centred)
+        if np.abs(put(ramp) - expected).max() <= 0.02 * scale
+        else None
+    )
 
 
 def _source(source: int, layers: Sequence[RouterRows], norms: Sequence[_Norm | None]) -> SourceRows:

@@ -114,7 +114,7 @@ def middle(scores: int, experts: int, choices: int, top: int) -> float:
             store_f32(load_f32(top + 4 * (at - 1)), top + 4 * at)
             at -= 1
         store_f32(value, top + 4 * at)
-    return (load_f32(top + 4 * (choices - 1)) + load_f32(top + 4 * choices)) / 2
+    return (load_f32(top + 4 * (choices - 1)) + load_f32(top + 4 * choices)) / 2  # type: ignore[no-any-return]
 
 
 @native

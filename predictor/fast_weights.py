@@ -59,7 +59,7 @@ class Packed(NamedTuple):
 
 def pack(weights: Floats, bias: Floats | None = None) -> Packed:
     """Raises ValueError for weights that are no numbers."""
-    layout = PackedMatrix(*weights.shape, "int8", GROUP)
+    layout = PackedMatrix(len(weights), weights.shape[1], "int8", GROUP)
     codes = aligned_bytes(layout.nbytes)
     pack_matrix(weights, layout, codes)
     found = np.zeros(len(weights), np.float32) if bias is None else np.array(bias, np.float32).reshape(-1)

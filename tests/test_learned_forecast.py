@@ -35,7 +35,7 @@ def random_network(hidden: int, seed: int) -> SourceNetwork:
     rng = np.random.default_rng(seed)
 
     def random(*shape: int) -> NDArray[np.float32]:
-        return (rng.standard_normal(shape) / np.sqrt(shape[-1])).astype(np.float32)
+        return np.asarray(rng.standard_normal(shape) / np.sqrt(shape[-1]), np.float32)
 
     size = input_size(EXPERTS, PROJECTED)
     return SourceNetwork(

@@ -44,18 +44,18 @@ def traced(model: PreTrainedModel, sequences: Any, path: Path, **wishes: Any) ->
 
 def alone(model: PreTrainedModel, ids: NDArray[np.int64]) -> tuple[list[Any], list[Any], list[Any]]:
     """Of each layer: what its experts got, whom its router chose and with which weights."""
-    hidden, index, weights = [], [], []
+    hidden: list[Any] = []
+    index: list[Any] = []
+    weights: list[Any] = []
+
+    def note(_: object, args: Any, out: Any) -> None:
+        hidden.append(args[0].numpy().reshape(-1, args[0].shape[-1]))
+        index.append(out[2].numpy())
+        weights.append(out[1].numpy())
+
     with torch.inference_mode():
         layers: Any = model.base_model
-        handles = [
-            layer.mlp.gate.register_forward_hook(
-                lambda _, args, out: (
-                    hidden.append(args[0].numpy().reshape(-1, args[0].shape[-1])), index.append(out[2].numpy()),
-                    weights.append(out[1].numpy()),
-                )[:0] or None
-            )
-            for layer in layers.layers
-        ]  # fmt: skip
+        handles = [layer.mlp.gate.register_forward_hook(note) for layer in layers.layers]
         model.base_model(input_ids=torch.from_numpy(ids[None]), use_cache=False)
         for handle in handles:
             handle.remove()

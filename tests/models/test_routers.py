@@ -190,5 +190,5 @@ def test_the_measure_finds_a_wrong_router(tmp_path: Path) -> None:
     routers, (_, calls) = read_routers(model), routed(model)
     assert planted(routers, lambda weight: weight, calls) == 1
     assert planted(routers, lambda weight: weight[::-1], calls) < 0.5
-    assert planted(routers, lambda weight: weight * np.linspace(0, 1, weight.shape[1]), calls) < 0.9
+    assert planted(routers, lambda weight: weight * np.linspace(0, 1, weight.shape[1], dtype=np.float32), calls) < 0.9
     model.offload.close()

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_offload.predictor import tensor_file, trace_writer
+from moe_offload.predictor import trace_writer
 from moe_offload.predictor.errors import TraceError
 from moe_offload.predictor.tensor_file import map_tensors, write_tensors
 from moe_offload.predictor.trace import Trace, read_trace
@@ -44,7 +44,7 @@ def test_interrupted_anywhere(
     sequences = sequences_of(trace)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trace_writer, "_PART_BYTES", part_bytes)
-        patch.setattr(tensor_file.os, "fsync", lambda _: None)  # nothing crashes here, and it takes its time
+        patch.setattr(os, "fsync", lambda _: None)  # nothing crashes here, and it takes its time
         for count, flushed in [*runs, (len(lengths), False)]:
             writer = start(path, trace)
             assert writer.tokens == sum(lengths[: writer.sequences])
@@ -141,7 +141,7 @@ def full_from(monkeypatch: pytest.MonkeyPatch, files: int) -> None:
         if written > files:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(tensor_file.os, "fsync", sync)
+    monkeypatch.setattr(os, "fsync", sync)
 
 
 @pytest.mark.parametrize("files", range(len(LENGTHS) + 2))

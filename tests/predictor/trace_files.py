@@ -5,7 +5,8 @@ from dataclasses import replace
 import numpy as np
 
 from moe_offload.predictor.projection import Projection
-from moe_offload.predictor.trace import DTYPES, FORMAT, Trace, TraceInfo, shapes
+from moe_offload.predictor.tensor_file import DTYPES
+from moe_offload.predictor.trace import FORMAT, Trace, TraceInfo, shapes
 from moe_offload.predictor.trace_writer import TracedSequence
 
 INFO = TraceInfo(FORMAT, "ab" * 32, "nobody", layers=3, experts=6, top_k=2, hidden_size=5, projected=4, note="random")
@@ -13,7 +14,7 @@ INFO = TraceInfo(FORMAT, "ab" * 32, "nobody", layers=3, experts=6, top_k=2, hidd
 
 def make_trace(lengths: list[int], seed: int = 0, **info: int) -> Trace:
     """One sequence of each length."""
-    heading = replace(INFO, **info)
+    heading = replace(INFO, **info)  # type: ignore[arg-type]
     random = np.random.default_rng(seed)
     arrays = {
         name: random.integers(0, 6, shape).astype(DTYPES[kind])
@@ -42,5 +43,7 @@ def projections_of(trace: Trace) -> tuple[Projection, ...]:
 def same(one: Trace, other: Trace) -> bool:
     """Whether heading and all arrays are equal."""
     return one.info == other.info and all(
-        np.array_equal(a, b) and a.dtype == b.dtype for a, b in zip(one[1:], other[1:], strict=True)
+        np.array_equal(getattr(one, name), getattr(other, name))
+        and getattr(one, name).dtype == getattr(other, name).dtype
+        for name in Trace._fields[1:]
     )
