@@ -55,7 +55,7 @@ class Dispatcher:
     def __init__(self, parts: Parts, policy: Policy, guard: Guard | None = None, *, overlap: bool = True) -> None:
         self.parts, self.policy, self.guard, self.overlap = parts, policy, guard, overlap
         self.counts = DeviceCounts(len(parts.kinds))
-        self.prefetcher = Prefetcher(parts, policy) if policy.prefetch else None
+        self.prefetcher = Prefetcher(parts) if policy.prefetch else None
         self.step = -1
         self.dynamic = True  # what the guard says of this step
         self._step_started = 0.0

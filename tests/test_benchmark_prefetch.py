@@ -8,12 +8,11 @@ import pytest
 from benchmarks.prefetch.__main__ import cell, summary
 from benchmarks.prefetch.foresight import Foresight, of_predictor
 from benchmarks.prefetch.routes import Route, synthetic_route
-from benchmarks.prefetch.simulation import LookingAhead, run
+from benchmarks.prefetch.simulation import Ahead, Fixed, LookingAhead, Prefetched, run
 from benchmarks.servers.shapes import DEMO
 from benchmarks.servers.simulation import Result, Steps
 from moe_offload.predictor.baselines import Perfect
 from moe_offload.predictor.synthetic import Routing, Size
-from moe_offload.scheduling.guard import Guard, Mode
 
 SIZE = Size(layers=6, experts=16, top_k=2, sequences=40, tokens=24, prompt_tokens=12, hidden=16)
 STEPS = Steps(8, 6, 8)
@@ -25,23 +24,9 @@ def route() -> Route:
     return synthetic_route(SIZE, Routing(0.45, 0.35, (0.8, 0.7, 0.6)), DEMO)
 
 
-class Always(Guard):
-    """Predictions in every step, or in none."""
-
-    def __init__(self, mode: Mode) -> None:
-        super().__init__()
-        self._mode = mode
-
-    def mode(self, tokens: int) -> Mode:
-        return self._mode
-
-
-def simulation(route: Route, ahead: object, mode: Mode = "static") -> LookingAhead:
+def simulation(route: Route, ahead: Ahead) -> LookingAhead:
     choices = route.choices(route.tokens(BATCH, STEPS.total))
-    made = LookingAhead("gtx1080ti", route.shape, choices, STEPS.seen, SLOTS, ahead)  # type: ignore[arg-type]
-    assert made.dispatcher.prefetcher is not None
-    made.dispatcher.guard, made.dispatcher.prefetcher._trials = None, Always(mode)
-    return made
+    return LookingAhead("gtx1080ti", route.shape, choices, STEPS.seen, SLOTS, ahead, forced=True)
 
 
 def seconds(made: LookingAhead) -> float:
@@ -94,7 +79,9 @@ def test_predictions_that_are_wrong_cost_more_than_right_ones(route: Route) -> N
 def test_steps_that_go_without_predictions_ask_for_none(route: Route) -> None:
     """But for one, in the first step of a batch size, when all scores are set."""
     cost = 0.1
-    dear = simulation(route, knowing(route, cost), "dynamic")
+    dear = simulation(route, knowing(route, cost))
+    assert dear.dispatcher.prefetcher is not None
+    dear.dispatcher.prefetcher.gate = Fixed(is_open=False)
     for _ in range(STEPS.warm + STEPS.counted):
         dear.step()
     plain = simulation(route, "none")
@@ -111,12 +98,13 @@ def test_the_hosts_time_for_predictions_is_counted(route: Route) -> None:
 
 def test_a_predictor_that_takes_too_long_is_left_alone(route: Route) -> None:
     """On trial it makes every step several times slower; over all it must not."""
-    steps = replace(STEPS, warm=30, counted=30)
+    steps = replace(STEPS, warm=40, counted=30)
     tokens = route.tokens(BATCH, steps.total)
     slow = of_predictor(Perfect(), route.trace, tokens, 5e-3)
     choices = route.choices(tokens)
     none, found = (run("gtx1080ti", route.shape, choices, steps, 0.35, ahead) for ahead in ("none", slow))
-    assert found.seconds_per_step < 1.02 * none.seconds_per_step
+    assert found.result.seconds_per_step < 1.02 * none.result.seconds_per_step
+    assert none.gate != "open" and found.gate != "open"
 
 
 def test_a_route_runs_only_on_sequences_that_are_held_out(route: Route) -> None:
@@ -128,12 +116,12 @@ def test_a_route_runs_only_on_sequences_that_are_held_out(route: Route) -> None:
 
 
 def test_the_summary_names_cells_that_are_slower(route: Route) -> None:
-    def result(seconds: float) -> Result:
-        return Result(1 / seconds, seconds, 9, 0.5, {}, None)
+    def result(seconds: float, settled: float) -> Prefetched:
+        return Prefetched(Result(1 / seconds, seconds, 9, 0.5, {}, None), "open", 0.1, settled)
 
     cells = [
-        cell("a", route, 1, 0.1, {"none": result(1.0), "x": result(taken)}) for taken in (0.8, 1.005, 1.05)
-    ]  # fmt: skip
-    assert cells[0]["gain"] == {"x": 1.25}
+        cell("a", route, 1, 0.1, {"none": result(1.0, 0.9), "x": result(taken, 0.75)}) for taken in (0.8, 1.005, 1.05)
+    ]
+    assert cells[0]["gain"] == {"x": 1.25} and cells[0]["settled_gain"] == {"x": 1.2}
     found = summary(cells)["x"]
     assert (found["cells"], found["slower"], found["most"]) == (3, 1, 1.25)

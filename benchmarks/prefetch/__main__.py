@@ -19,9 +19,9 @@ from rich.table import Table
 
 from benchmarks.predictor.__main__ import DEMO_TRACE
 from benchmarks.prefetch.routes import Route, StepsOf, demo_route, demo_steps, synthetic_route, synthetic_steps
-from benchmarks.prefetch.simulation import run
+from benchmarks.prefetch.simulation import Prefetched, run
 from benchmarks.reporting import progress, write_result
-from benchmarks.servers.simulation import CONTEXT, Result, Steps
+from benchmarks.servers.simulation import CONTEXT, Steps
 from moe_offload.predictor.network import LearnedPredictor
 from moe_offload.predictor.network_file import read_networks
 from moe_offload.predictor.synthetic import Routing, Size
@@ -36,17 +36,21 @@ SMOKE = Size(layers=4, experts=16, top_k=2, sequences=40, tokens=24, prompt_toke
 SMOKE_ROUTING = Routing(0.45, 0.35, (0.8, 0.7, 0.6))
 
 
-def cell(server: str, route: Route, batch: int, share: float, results: dict[str, Result]) -> dict[str, Any]:
-    """For JSON; gain: speed over that without prefetch."""
-    least = results["none"].seconds_per_step
+def cell(server: str, route: Route, batch: int, share: float, results: dict[str, Prefetched]) -> dict[str, Any]:
+    """For JSON; gain: speed over that without copies ahead. settled: the same without the steps that tried something."""
+    none = results["none"]
+    others = {name: each for name, each in results.items() if name != "none"}
     return {
         "server": server, "routing": route.name, "batch": batch, "cache": share,
-        "slots": results["none"].slots,
-        "gain": {name: round(least / each.seconds_per_step, 4) for name, each in results.items() if name != "none"},
+        "slots": none.result.slots,
+        "gain": {
+            name: round(none.result.seconds_per_step / each.result.seconds_per_step, 4) for name, each in others.items()
+        },
+        "settled_gain": {name: round(none.settled_seconds / each.settled_seconds, 4) for name, each in others.items()},
         "simulated": {
             name: {
-                "ms_per_step": round(1e3 * each.seconds_per_step, 4), "hits": round(each.hits, 4), "busy": each.busy,
-                "guard": each.verdict,
+                "ms_per_step": round(1e3 * each.result.seconds_per_step, 4), "hits": round(each.result.hits, 4),
+                "busy": each.result.busy, "gate": each.gate, "trial_steps": round(each.trial_steps, 3),
             }
             for name, each in results.items()
         },

@@ -50,11 +50,19 @@ class Route(NamedTuple):
         return {"none": "none", "popularity": "popularity", **said, Perfect.name: perfect}
 
 
-def demo_route(trace: Trace, fitted: Trace, learned: tuple[Predictor, ...]) -> Route:
-    """The demo model's layers and routing, with experts of a size that is worth offloading."""
+def demo_route(trace: Trace, train: Trace | None = None, learned: tuple[Predictor, ...] = ()) -> Route:
+    """The demo model's layers and routing, with experts of a size that is worth offloading.
+
+    Look-ahead is calibrated on the training sequences of `train`; without that on one half of the held-out sequences,
+    and the other half is run.
+    """
     shape = replace(of_layers(DEMO, trace.info.layers), experts=trace.info.experts, top_k=trace.info.top_k)
-    look_ahead = LookAhead.fit(fitted, fitted.in_split(TRAIN))
-    return Route("demo", shape, trace, trace.in_split(TEST), (look_ahead, *learned))
+    held_out = trace.in_split(TEST)
+    if train is None:
+        look_ahead, held_out = LookAhead.fit(trace, held_out[::2]), held_out[1::2]
+    else:
+        look_ahead = LookAhead.fit(train, train.in_split(TRAIN))
+    return Route("demo", shape, trace, held_out, (look_ahead, *learned))
 
 
 def synthetic_route(size: Size = FULL_SIZE, routing: Routing = PUBLISHED, shape: Shape = QWEN3) -> Route:

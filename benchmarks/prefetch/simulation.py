@@ -5,10 +5,12 @@ As benchmarks/servers (simulation.py there says what is simulated), with our pol
     none         no expert is copied for the next layers; what is worth more than the cache's least still comes in
     popularity   the next layers' experts by popularity and the last token's: what there is without a predictor
     foresight    by predictions, made on the host when the prefetcher asks, which takes the time that it is given
+
+Forced, a run goes without the guard and the gate: what copying ahead brings or costs where nothing holds it back.
 """
 
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -16,23 +18,52 @@ from benchmarks.prefetch.foresight import Foresight
 from benchmarks.servers.routing import Choices
 from benchmarks.servers.shapes import Shape
 from benchmarks.servers.simulation import Result, Simulation, Steps, measure
+from moe_offload.prefetch_gate import PrefetchGate
 from moe_offload.scheduling.predicted import Foreseen, PredictedUse
 from moe_offload.transfer.accelerator import Work
 
 Ahead = Literal["none", "popularity"] | Foresight
 
 
-class LookingAhead(Simulation):
-    """A simulation whose forecast is told of the next layers."""
+class How(NamedTuple):
+    """What the guard and the gate said of a step."""
 
-    def __init__(self, server: str, shape: Shape, choices: Choices, seen: int, slots: int, ahead: Ahead) -> None:
-        super().__init__(server, shape, "ours", choices, seen, guarded=True, slots=slots)
+    dynamic: bool
+    ahead: bool
+
+
+class Fixed(PrefetchGate):
+    """Open, or shut, always."""
+
+    def __init__(self, *, is_open: bool) -> None:
+        super().__init__()
+        self.open = is_open
+
+    def begin_step(self, tokens: int) -> None:
+        """Stays."""
+
+
+class LookingAhead(Simulation):
+    """A simulation whose forecast is told of the next layers. taken: of each step, in which way and how long."""
+
+    def __init__(
+        self, server: str, shape: Shape, choices: Choices, seen: int, slots: int, ahead: Ahead, *, forced: bool = False
+    ) -> None:
+        super().__init__(server, shape, "ours", choices, seen, guarded=not forced, slots=slots)
+        self.taken: list[tuple[How, float]] = []
         prefetcher = self.dispatcher.prefetcher
         assert prefetcher is not None
         self._foresight = ahead if isinstance(ahead, Foresight) else None
         self._at = seen
-        if ahead == "none":
-            prefetcher.horizon = 0
+        self._gate = prefetcher.gate
+        if forced or ahead == "none":
+            self._gate = prefetcher.gate = Fixed(is_open=ahead != "none")
+
+    def step(self) -> None:
+        began = self.accelerator.now()
+        super().step()
+        how = How(self.dispatcher.dynamic, self.dispatcher.dynamic and self._gate.open)
+        self.taken.append((how, self.accelerator.now() - began))
 
     def _forecast(self, foreseen: int) -> PredictedUse:
         self._predicted = PredictedUse(super()._forecast(foreseen), self.shape.layers)
@@ -71,13 +102,32 @@ class _Source:
         return Foreseen(presence, rows, self._simulation.batch)
 
 
-def run(server: str, shape: Shape, choices: Choices, steps: Steps, share: float, ahead: Ahead) -> Result:
-    """Decode with a cache of this share of the experts."""
+class Prefetched(NamedTuple):
+    """A run. gate: whether copies ahead were found to pay. trial_steps: share of the counted steps that tried something
+    else than what the guards took; settled_seconds: of the others, per step.
+    """
+
+    result: Result
+    gate: str
+    trial_steps: float
+    settled_seconds: float
+
+
+def run(
+    server: str, shape: Shape, choices: Choices, steps: Steps, share: float, ahead: Ahead, *, forced: bool = False
+) -> Prefetched:
+    """Decode with a cache of this share of the experts. forced: copy ahead in every step, whatever that brings."""
     slots = max(int(share * shape.layers * shape.experts), 2)
-    simulation = LookingAhead(server, shape, choices, steps.seen, slots, ahead)
+    simulation = LookingAhead(server, shape, choices, steps.seen, slots, ahead, forced=forced)
     for _ in range(steps.warm):
         simulation.step()
-    return measure(simulation, steps.counted)
+    simulation.taken.clear()
+    result = measure(simulation, steps.counted)
+    taken = {how: [s for each, s in simulation.taken if each == how] for how in {each for each, _ in simulation.taken}}
+    usual = max(taken, key=lambda how: len(taken[how]))
+    gate = ("open" if usual.ahead else "shut") if usual.dynamic else "static"
+    settled = taken[usual]
+    return Prefetched(result, gate, 1 - len(settled) / steps.counted, sum(settled) / len(settled))
 
 
 def of_layers(shape: Shape, layers: int) -> Shape:

@@ -88,3 +88,48 @@ class Yield:
         """A layer has run: what did not pay once may pay later."""
         self._came += _RETRY * (_TRUST - self._came)
         self._promised += _RETRY * (_TRUST - self._promised)
+
+
+class Booking:
+    """What the link may be given ahead of time at one layer: until the next one, when more is known, and no further.
+
+    pace: seconds from layer to layer. busy: of the link, for what was submitted or waits. slots: for copies ahead.
+    """
+
+    def __init__(self, pace: float, busy: float, slots: int) -> None:
+        self._pace, self._free, self._slots = pace, pace - busy, slots
+
+    def seconds(self, distance: int, copy: float) -> float:
+        """For copies of an expert of the layer that runs so many layers later, which arrive in time.
+
+        The last one of those for layers beyond the next may take longer than until then, so that the link has work.
+        """
+        in_time = self._free + (distance - 1) * self._pace
+        return max(min(self._slots * copy, self._free + copy, in_time), 0.0)
+
+    def take(self, copy: float) -> None:
+        """One copy is queued."""
+        self._free -= copy
+        self._slots -= 1
+
+
+_NEWEST = 0.1  # how much the newest measurement of the host's time counts
+
+
+class CopyEffort:
+    """Seconds of the host for one copy ahead, which the CPU's experts wait for."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._without = 0.0  # of looking ahead without any
+
+    def observe(self, seconds: float, copies: float) -> None:
+        """Looking ahead at one layer took so long, and gave the link so many copies."""
+        if copies > 0:
+            self.seconds = _follow(self.seconds, max(seconds - self._without, 0.0) / copies)
+        else:
+            self._without = _follow(self._without, seconds)
+
+
+def _follow(known: float, newest: float) -> float:
+    return known + _NEWEST * (newest - known) if known else newest
