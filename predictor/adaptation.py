@@ -34,6 +34,7 @@ NEWEST = 0.08  # how much the newest tokens count in the averages
 BEYOND = 2.0  # standard errors that count as noise
 TRUST = 16  # times learned before anything is said
 RECALLED = 0.02  # how much the newest tokens count for the recall
+SEEN = 0.25  # of an average that has seen everything: before, nothing is said (after 15 times)
 
 
 def _dot(em: Emitter, a: Value, count: Value, b: Value) -> Value:
@@ -189,9 +190,11 @@ class Adaptation:
         return "adapted" if any(each.use_adapted for each in self._network.sources) else "frozen"
 
     def recall(self, distance: int) -> float | None:
-        """The share of the chosen experts, so many layers ahead, that was among the K most probable."""
+        """The share of the chosen experts, so many layers ahead, that was among the K most probable; None until there
+        is something to tell from.
+        """
         weight = self._recalled[distance - 1]
-        return float(self._recall[distance - 1] / weight) if weight > 0 else None
+        return float(self._recall[distance - 1] / weight) if weight > SEEN else None
 
     def record(self, source: int) -> None:
         """The source has just predicted."""
