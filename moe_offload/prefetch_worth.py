@@ -48,12 +48,11 @@ class ExpertWorth:
         if anew or self._saved_for[layer] != tokens:
             forecast, clock, costs = self._parts.forecast, self._parts.accelerator.now, self._costs(layer)
             began = clock()
-            presence, usual = forecast.presence(layer, tokens), forecast.usual_presence(layer, tokens)
-            rows = forecast.expected_rows(layer, tokens)
+            presence, rows = forecast.presence(layer, tokens), forecast.expected_rows(layer, tokens)
             self.asked += clock() - began
             saved = self._saved[layer] = savings(presence, rows, costs)
             self._saved_for[layer] = tokens
-            later = savings(usual, rows / np.maximum(presence, 1e-9) * usual, costs)
+            later = savings(forecast.usual_presence(layer, tokens), forecast.usual_rows(layer, tokens), costs)
             self._kept[layer] = kept = saved / STAY + later * (1 - 1 / STAY)
             if self._scores is not None:
                 self._scores.set_scores(layer, kept * self.nearness(layer))

@@ -1,13 +1,13 @@
 """Looks ahead: gives idle time of the link to experts that later layers will probably want.
 
 After each layer what every expert of it is expected to save goes into the cache's scores (`prefetch_worth.py`). Then
-copies are queued. First those *ahead*, of experts of the next layers, nearest layer first, as many as keep the link busy
-until the next layer and arrive in time (`Booking`); what waits and is not believed in any more is called off. Then those
-to *keep*, of experts of this layer that the CPU had to run although they are worth more than the least valuable slot.
-Only as much as the link carries until the next layer is handed to the device (`CopyQueue.feed`), so an on-demand fetch
-waits for little. Every copy costs the host time that the CPU's experts wait for. It is measured: what saves less stays
-where it is. Whether copies ahead pay at all is measured by whole steps (`prefetch_gate.py`); where they do not, nothing is
-copied ahead and no prediction is asked for.
+copies are queued. First those *ahead*, of experts of the next layers, nearest layer first, as many as keep the link
+busy until the next layer and arrive in time (`Booking`); what waits and is not believed in any more is called off.
+Then those to *keep*, of experts of this layer that the CPU had to run although they are worth more than the least
+valuable slot. Only as much as the link carries until the next layer is handed to the device (`CopyQueue.feed`), so an
+on-demand fetch waits for little. Every copy costs the host time that the CPU's experts wait for. It is measured: what
+saves less stays where it is. Whether copies ahead pay at all is measured by whole steps (`prefetch_gate.py`); where
+they do not, nothing is copied ahead and no prediction is asked for.
 """
 
 import math

@@ -8,7 +8,7 @@ import pytest
 from benchmarks.prefetch.__main__ import cell, summary
 from benchmarks.prefetch.foresight import Foresight, of_predictor
 from benchmarks.prefetch.routes import Route, synthetic_route
-from benchmarks.prefetch.simulation import Ahead, Fixed, LookingAhead, Prefetched, run
+from benchmarks.prefetch.simulation import Ahead, Fixed, LookingAhead, Prefetched, Way, run
 from benchmarks.servers.shapes import DEMO
 from benchmarks.servers.simulation import Result, Steps
 from moe_offload.predictor.baselines import Perfect
@@ -26,7 +26,7 @@ def route() -> Route:
 
 def simulation(route: Route, ahead: Ahead) -> LookingAhead:
     choices = route.choices(route.tokens(BATCH, STEPS.total))
-    return LookingAhead("gtx1080ti", route.shape, choices, STEPS.seen, SLOTS, ahead, forced=True)
+    return LookingAhead("gtx1080ti", route.shape, choices, STEPS.seen, SLOTS, Way(ahead, forced=True))
 
 
 def seconds(made: LookingAhead) -> float:
@@ -102,7 +102,8 @@ def test_a_predictor_that_takes_too_long_is_left_alone(route: Route) -> None:
     tokens = route.tokens(BATCH, steps.total)
     slow = of_predictor(Perfect(), route.trace, tokens, 5e-3)
     choices = route.choices(tokens)
-    none, found = (run("gtx1080ti", route.shape, choices, steps, 0.35, ahead) for ahead in ("none", slow))
+    ahead_of: tuple[Ahead, ...] = ("none", slow)
+    none, found = (run("gtx1080ti", route.shape, choices, steps, 0.35, Way(ahead)) for ahead in ahead_of)
     assert found.result.seconds_per_step < 1.02 * none.result.seconds_per_step
     assert none.gate != "open" and found.gate != "open"
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.prefetch.foresight import Foresight, of_predictor
-from benchmarks.prefetch.simulation import Ahead, of_layers
+from benchmarks.prefetch.foresight import of_predictor
+from benchmarks.prefetch.simulation import Way, of_layers
 from benchmarks.servers.routing import Choices
 from benchmarks.servers.shapes import DEMO, SHAPES, Shape
 from benchmarks.servers.simulation import Steps
@@ -21,7 +21,8 @@ Sequences = NDArray[np.int64]
 QWEN3 = next(shape for shape in SHAPES if shape.experts == 128)
 # Qwen3-30B: skew and repeats as benchmarks/servers has them, the look-ahead's recall as published
 PUBLISHED = Routing(popular=0.6, repeats=0.40, recall=(0.886, 0.85, 0.81))
-FULL_SIZE = Size(sequences=80, tokens=64)
+FULL_SIZE = Size(layers=12, experts=64, sequences=80, tokens=64)
+CEILING = "ceiling"
 
 
 class Route(NamedTuple):
@@ -43,11 +44,19 @@ class Route(NamedTuple):
         """[steps, L, T, K] of these tokens."""
         return np.asarray(self.trace.experts[:, tokens].transpose(1, 0, 2, 3), np.int64)
 
-    def ahead(self, tokens: NDArray[np.int64], seconds: float) -> Mapping[str, Ahead]:
-        """By name, every way to look ahead; seconds: of a predictor, for a layer. None is first, perfect last."""
-        perfect: Foresight = of_predictor(Perfect(), self.trace, tokens, 0.0)
+    def ways(self, tokens: NDArray[np.int64], seconds: float) -> Mapping[str, Way]:
+        """By name, every way to look ahead; seconds: of a predictor, for a layer. None is first, the ceiling last.
+
+        The last predictor is run once more as if it took no time: what its time takes away.
+        """
         said = {each.name: of_predictor(each, self.trace, tokens, seconds) for each in self.predictors}
-        return {"none": "none", "popularity": "popularity", **said, Perfect.name: perfect}
+        last = self.predictors[-1].name
+        known = of_predictor(Perfect(), self.trace, tokens, 0.0)
+        return {
+            "none": Way("none"), "popularity": Way("popularity"), **{name: Way(each) for name, each in said.items()},
+            f"{last}, free": Way(said[last]._replace(seconds=0.0)), Perfect.name: Way(known),
+            CEILING: Way(known, forced=True),
+        }  # fmt: skip
 
 
 def demo_route(trace: Trace, train: Trace | None = None, learned: tuple[Predictor, ...] = ()) -> Route:
@@ -78,10 +87,10 @@ StepsOf = Callable[[int], Steps]
 
 
 def demo_steps(batch: int) -> Steps:
-    """Few layers, many steps; the trials of the guard and of predictions are over when counting begins."""
-    return Steps(32, 64, 60)
+    """Few layers, many steps; the first trials of the guard and the gate are over when counting begins."""
+    return Steps(32, 128, 96)
 
 
 def synthetic_steps(batch: int) -> Steps:
-    """Fewer where they take longer; the first trials are over."""
-    return Steps(16, 32, 24 if batch < 16 else 12)
+    """Fewer where they take longer."""
+    return Steps(16, 96, 64) if batch < 16 else Steps(16, 64, 32)

@@ -25,6 +25,13 @@ from moe_offload.transfer.accelerator import Work
 Ahead = Literal["none", "popularity"] | Foresight
 
 
+class Way(NamedTuple):
+    """A way to look ahead; forced: as above."""
+
+    ahead: Ahead
+    forced: bool = False
+
+
 class How(NamedTuple):
     """What the guard and the gate said of a step."""
 
@@ -46,9 +53,8 @@ class Fixed(PrefetchGate):
 class LookingAhead(Simulation):
     """A simulation whose forecast is told of the next layers. taken: of each step, in which way and how long."""
 
-    def __init__(
-        self, server: str, shape: Shape, choices: Choices, seen: int, slots: int, ahead: Ahead, *, forced: bool = False
-    ) -> None:
+    def __init__(self, server: str, shape: Shape, choices: Choices, seen: int, slots: int, way: Way) -> None:
+        ahead, forced = way
         super().__init__(server, shape, "ours", choices, seen, guarded=not forced, slots=slots)
         self.taken: list[tuple[How, float]] = []
         prefetcher = self.dispatcher.prefetcher
@@ -113,12 +119,10 @@ class Prefetched(NamedTuple):
     settled_seconds: float
 
 
-def run(
-    server: str, shape: Shape, choices: Choices, steps: Steps, share: float, ahead: Ahead, *, forced: bool = False
-) -> Prefetched:
-    """Decode with a cache of this share of the experts. forced: copy ahead in every step, whatever that brings."""
+def run(server: str, shape: Shape, choices: Choices, steps: Steps, share: float, way: Way) -> Prefetched:
+    """Decode with a cache of this share of the experts."""
     slots = max(int(share * shape.layers * shape.experts), 2)
-    simulation = LookingAhead(server, shape, choices, steps.seen, slots, ahead, forced=forced)
+    simulation = LookingAhead(server, shape, choices, steps.seen, slots, way)
     for _ in range(steps.warm):
         simulation.step()
     simulation.taken.clear()

@@ -3,6 +3,7 @@
 `Popularity` goes by how often experts were used, which costs next to nothing; `PerfectForecast` knows, for the oracle.
 """
 
+import itertools
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -22,6 +23,9 @@ class Forecast(Protocol):
 
     def usual_presence(self, layer: int, tokens: int) -> NDArray[np.float64]:
         """[E] as `presence`, on average over the calls that follow."""
+
+    def usual_rows(self, layer: int, tokens: int) -> NDArray[np.float64]:
+        """[E] as `expected_rows`, on average over the calls that follow."""
 
     def fresh(self, layer: int) -> bool:
         """Whether something is known of the layer's next call alone, that may change before it comes. Costs nothing."""
@@ -109,6 +113,10 @@ class Popularity:
         """[E] the expected number of tokens of each expert."""
         return self.share(layer) * tokens
 
+    def usual_rows(self, layer: int, tokens: int) -> NDArray[np.float64]:
+        """[E] the same."""
+        return self.share(layer) * tokens
+
     def fresh(self, layer: int) -> bool:
         """Never: what is said changes with a layer's own calls only."""
         return False
@@ -158,16 +166,18 @@ class PerfectForecast:
 
     def usual_presence(self, layer: int, tokens: int) -> NDArray[np.float64]:
         """[E] the share of the next calls that will have each expert."""
-        coming = self._coming[layer]
-        if not coming:
-            return self._nothing
-        calls = min(len(coming), self._foreseen)
-        return np.asarray(np.mean([coming[at] > 0 for at in range(calls)], axis=0))
+        coming = self._next(layer)
+        return np.asarray(np.mean([rows > 0 for rows in coming], axis=0)) if coming else self._nothing
 
     def expected_rows(self, layer: int, tokens: int) -> NDArray[np.float64]:
         """[E] the rows that the layer's next call will have."""
         coming = self._coming[layer]
         return coming[0] if coming else self._nothing
+
+    def usual_rows(self, layer: int, tokens: int) -> NDArray[np.float64]:
+        """[E] the rows that the next calls will have on average."""
+        coming = self._next(layer)
+        return np.asarray(np.mean(coming, axis=0)) if coming else self._nothing
 
     def fresh(self, layer: int) -> bool:
         """Never: what is said changes with a layer's own calls only."""
@@ -177,6 +187,10 @@ class PerfectForecast:
         """The layer's next call has come."""
         if self._coming[layer]:
             self._coming[layer].popleft()
+
+    def _next(self, layer: int) -> list[NDArray[np.float64]]:
+        """The calls that it is asked about."""
+        return list(itertools.islice(self._coming[layer], self._foreseen))
 
 
 def _prior_shares(layers: int, experts: int, top_k: int, order: Sequence[Sequence[int]] | None) -> NDArray[np.float64]:

@@ -62,6 +62,10 @@ class PredictedUse:
         """[E] as `presence`, on average over the calls that follow: predictions say nothing about those."""
         return self.usual.usual_presence(layer, tokens)
 
+    def usual_rows(self, layer: int, tokens: int) -> NDArray[np.float64]:
+        """[E] as `expected_rows`, likewise."""
+        return self.usual.usual_rows(layer, tokens)
+
     def observe(self, layer: int, experts: NDArray[Any], rows: NDArray[Any], tokens: int) -> None:
         """What the router chose. The prediction was for this call."""
         self._foreseen[layer] = self._promised[layer] = None
