@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_offload.scheduling.layer_plan import LayerCosts
-from moe_offload.scheduling.prefetch import Yield, choose, savings
+from moe_offload.scheduling.prefetch import Booking, CopyEffort, Yield, choose, savings
 
 # 1 s a row on the CPU, 0.5 s an expert of any rows on the device, 3 s a copy.
 COSTS = LayerCosts(np.arange(17.0), np.append(0.0, np.full(16, 0.5)), copy=3.0)
@@ -86,3 +86,54 @@ def test_what_never_paid_is_tried_again_later() -> None:
     for _ in range(5000):
         found.tick()
     assert found.share > 0.8
+
+
+def test_the_link_is_booked_until_the_next_layer() -> None:
+    booking = Booking(pace=5.0, busy=1.0, slots=100)
+    assert booking.seconds(1, 2.0) == 4.0  # has to be there by then
+    assert booking.seconds(2, 2.0) == booking.seconds(3, 2.0) == 6.0  # the last copy may go on
+    booking.take(2.0)
+    booking.take(2.0)
+    assert booking.seconds(1, 2.0) == 0.0 and booking.seconds(2, 2.0) == 2.0
+    booking.take(2.0)
+    assert booking.seconds(2, 2.0) == 0.0
+
+
+def test_a_copy_that_takes_longer_than_a_layer_goes_to_those_it_reaches_in_time() -> None:
+    booking = Booking(pace=1.0, busy=0.0, slots=100)
+    assert [booking.seconds(distance, 3.0) >= 3.0 for distance in (1, 2, 3, 4)] == [False, False, True, True]
+
+
+def test_no_more_is_booked_than_there_are_slots() -> None:
+    booking = Booking(pace=50.0, busy=0.0, slots=2)
+    assert booking.seconds(1, 3.0) == 6.0
+    booking.take(3.0)
+    booking.take(3.0)
+    assert booking.seconds(1, 3.0) == 0.0
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.floats(0, 20), st.floats(0, 30), st.integers(0, 9), st.lists(st.tuples(st.integers(1, 3), st.floats(0.1, 9))))
+def test_bookings_never_exceed_the_link_by_more_than_one_copy(
+    pace: float, busy: float, slots: int, asked: list[tuple[int, float]]
+) -> None:
+    booking, taken, longest = Booking(pace, busy, slots), 0.0, 0.0
+    for distance, copy in asked:
+        seconds = booking.seconds(distance, copy)
+        if seconds >= copy:
+            arrives = busy + taken + copy
+            assert arrives <= distance * pace + 1e-9  # in time
+            booking.take(copy)
+            taken, slots, longest = taken + copy, slots - 1, max(longest, copy)
+    assert slots >= 0 and taken <= max(pace - busy, 0.0) + longest + 1e-9
+
+
+def test_the_hosts_effort_is_what_copies_add() -> None:
+    effort = CopyEffort()
+    effort.observe(1.0, 0)
+    for _ in range(100):
+        effort.observe(1.0, 0)
+        effort.observe(2.0, 4)
+    assert effort.seconds == pytest.approx(0.25)
+    effort.observe(0.5, 1)  # never below nothing
+    assert effort.seconds == pytest.approx(0.9 * 0.25)
