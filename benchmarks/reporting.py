@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any
 
 import psutil
+from rich.console import Console
 
 RESULTS = Path(__file__).parent / "results"
 # Where benchmarks keep the checkpoints they make, to find them again.
@@ -62,6 +63,12 @@ def resident() -> dict[str, int]:
         if name in ("RssAnon", "RssFile", "VmHWM"):
             fields[name] = int(rest.split()[0]) * 1024
     return fields
+
+
+def wide_console() -> Console:
+    """For tables: as wide as the terminal, and wide where there is none."""
+    console = Console()
+    return console if console.is_terminal else Console(width=160)
 
 
 def progress(text: str) -> None:

@@ -14,11 +14,10 @@ from typing import Annotated
 import numpy as np
 import typer
 from numpy.typing import NDArray
-from rich.console import Console
 
 from benchmarks.predictor.measure import CACHES, COST, LOOK_AHEAD, baselines, measure
 from benchmarks.predictor.tables import DIFFERENT, PUBLISHED, show
-from benchmarks.reporting import write_result
+from benchmarks.reporting import wide_console, write_result
 from moe_offload.predictor.errors import PredictorError, TraceError
 from moe_offload.predictor.interface import Predictor
 from moe_offload.predictor.metrics import THRESHOLD
@@ -71,7 +70,7 @@ def main(
         raise typer.BadParameter(str(error)) from error
     measured = measure([*baselines(fitted, counted), *learned], held_out, tested, (fitted, checked), threshold)
     what = "synthetic" if held_out.info.synthetic else held_out.info.model_type
-    console = Console()
+    console = wide_console()
     show(console, measured, what, threshold)
     if smoke:
         recall = measured.evaluations[LOOK_AHEAD]["decode"].at(1).recall.value
