@@ -2,10 +2,11 @@
 
     python -m benchmarks.predictor_cost [--smoke] [--threads N]
 
-Qwen3-30B-A3B's shape: hidden 2048, 128 experts, 8 of them per token, 128 projections, 256 units, 1 or 2 blocks, three
-layers ahead. 48 sources are used in turn, each with weights of its own, so that none is in a cache when its turn
-comes. Beside it what reading a source's bytes takes at this machine's limit, and what the experts of one such layer
-take (int4, routing drawn at random). Results: results/predictor_cost.json. --smoke: small and few, nothing is written.
+Qwen3-30B-A3B's shape: hidden 2048, 128 experts, 8 of them per token, 128 projections, and as many units and blocks as
+train-predictor gives such a model, three layers ahead. 48 sources are used in turn, each with weights of its own, so
+that none is in a cache when its turn comes. Beside it what reading a source's bytes takes at this machine's limit, and
+what the experts of one such layer take (int4, routing drawn at random). Results: results/predictor_cost.json. --smoke:
+small and few, nothing is written.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from moe_offload.predictor.fast_network import FastNetwork
 from moe_offload.predictor.fast_weights import Look, look_ahead
 from moe_offload.predictor.network import Block, SourceNetwork, input_size
 from moe_offload.predictor.trace import DISTANCES
+from moe_offload.predictor.training import choose_units, has_block
 
 Floats = NDArray[np.float32]
 TOKENS = (1, 4, 16, 64)
@@ -42,20 +44,20 @@ class Shape(NamedTuple):
     experts: int = 128
     top_k: int = 8
     projected: int = 128
-    units: int = 256
 
 
-SMALL = Shape(4, 128, 64, 16, 2, 16, 32)
+SMALL = Shape(4, 128, 64, 16, 2, 16)
 
 
-def network(shape: Shape, depth: int, rng: np.random.Generator) -> SourceNetwork:
+def network(shape: Shape, deep: bool, rng: np.random.Generator) -> SourceNetwork:
     """Weights of no meaning."""
 
     def r(*size: int) -> Floats:
         return np.asarray(rng.standard_normal(size, np.float32) / np.sqrt(size[-1]), np.float32)
 
-    inputs, m = input_size(shape.experts, shape.projected), shape.units
-    blocks = tuple(Block(r(m, m), r(m), r(m, m)) for _ in range(depth))
+    inputs = input_size(shape.experts, shape.projected)
+    m = choose_units(shape.experts, shape.projected, shape.hidden, deep)
+    blocks = (Block(r(m, m), r(m), r(m, m)),) if deep else ()
     return SourceNetwork(
         r(shape.projected, shape.hidden), r(shape.projected), r(m, inputs), r(m), r(m, inputs), r(m), blocks,
         r(DISTANCES, shape.experts, m), r(DISTANCES, shape.experts), np.full((2, DISTANCES), 1.5, np.float32),
@@ -64,15 +66,15 @@ def network(shape: Shape, depth: int, rng: np.random.Generator) -> SourceNetwork
 
 
 def make(shape: Shape, team: Team, *, units: bool) -> FastNetwork:
-    """48 sources; the middle third is deeper."""
+    """One for each layer, as training shapes them."""
     rng = np.random.default_rng(0)
     looks = [
         Look(rng.standard_normal((DISTANCES, shape.experts, shape.hidden), np.float32),
              np.zeros((DISTANCES, shape.experts), np.float32))
         for _ in range(2)
     ]  # fmt: skip
-    networks = [network(shape, depth, rng) if units else look_ahead(shape.experts) for depth in (1, 2)]
-    depth = [int(shape.layers // 3 <= at < 2 * shape.layers // 3) for at in range(shape.layers)]
+    networks = [network(shape, deep, rng) if units else look_ahead(shape.experts) for deep in (False, True)]
+    depth = [has_block(at, shape.layers) for at in range(shape.layers)]
     return FastNetwork([looks[at % 2] for at in range(shape.layers)], [networks[d] for d in depth], shape.top_k, team)
 
 

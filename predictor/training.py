@@ -74,6 +74,11 @@ def choose_units(experts: int, projected: int, hidden_size: int, block: bool) ->
     return 64
 
 
+def has_block(source: int, layers: int) -> bool:
+    """Whether a source's network is one of the deeper ones: all but those of the first and the last layers."""
+    return _MIDDLE[0] <= (source + 0.5) / layers < _MIDDLE[1]
+
+
 class _Module(nn.Module):
     """`SourceNetwork` with gradients, behind a standardisation of the inputs."""
 
@@ -131,7 +136,7 @@ def train_source(trace: Trace, source: int, settings: Settings, progress: Progre
     random = np.random.default_rng([settings.seed, source])
     validation = validation[:_MOST_VALIDATED]
     info, view = trace.info, SourceView(trace, source)
-    block = _MIDDLE[0] <= (source + 0.5) / info.layers < _MIDDLE[1]
+    block = has_block(source, info.layers)
     units = settings.units or choose_units(info.experts, info.projected, info.hidden_size, block)
     sample = training if len(training) <= 1 << 14 else random.choice(training, 1 << 14, replace=False)
     inputs = torch.from_numpy(view.known(np.sort(sample), decode=True).inputs())
