@@ -184,6 +184,7 @@ def test_nothing_is_called_off_without_a_newer_word() -> None:
     made.ahead(0)
     for layer in (2, 3):
         made.forecast.observe(layer, np.array([0], np.int32), np.array([1]), 1)
+    made.prefetcher._effort.seconds = 9.0  # more than anything saves: nothing would be begun
     made.look_ahead(1)
     assert {(2, 2), (3, 3)} <= set(made.queue.priorities)
 
