@@ -58,7 +58,7 @@ def test_a_batch_wants_what_any_of_its_tokens_does(route: Route) -> None:
 class Half:
     name = "half"
 
-    def probabilities(self, trace: object, layer: int, distance: int, tokens: np.ndarray, *, decode: bool):  # type: ignore[no-untyped-def, type-arg]
+    def probabilities(self, trace: object, layer: int, distance: int, tokens: np.ndarray, *, decode: bool):  # type: ignore[no-untyped-def]
         assert decode
         return np.full((len(tokens), 16), 0.5, np.float32)
 
