@@ -121,8 +121,11 @@ def test_the_summary_names_cells_that_are_slower(route: Route) -> None:
         return Prefetched(Result(1 / seconds, seconds, 9, 0.5, {}, None), "open", 0.1, settled)
 
     cells = [
-        cell("a", route, 1, 0.1, {"none": result(1.0, 0.9), "x": result(taken, 0.75)}) for taken in (0.8, 1.005, 1.05)
+        cell("a", route, 1, 0.1, [{"none": result(1.0, 0.9), "x": result(taken, 0.75)}]) for taken in (0.8, 1.005, 1.05)
     ]
     assert cells[0]["gain"] == {"x": 1.25} and cells[0]["settled_gain"] == {"x": 1.2}
+    two = [{"none": result(1.0, 1.0), "x": result(taken, 1.0)} for taken in (0.5, 1.5)]
+    assert cell("a", route, 1, 0.1, two)["gain"] == {"x": 1.0}  # of the times together, not the mean of the gains
+    assert cell("a", route, 1, 0.1, two)["gain_of_runs"] == {"x": [2.0, 0.6667]}
     found = summary(cells)["x"]
     assert (found["cells"], found["slower"], found["most"]) == (3, 1, 1.25)

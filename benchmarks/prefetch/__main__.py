@@ -11,10 +11,12 @@ is run. The other routing is synthetic, of a model with Qwen3-30B-A3B's experts 
 A predictor takes the host --cost microseconds a layer and --cost-token more for each token. "free" is the last
 predictor if it took none; perfect knowledge takes none and knows the next three layers of the step; the ceiling is
 the same without guard and gate. Guard and gate find out what pays by trials of some steps: these are counted with the
-rest ("gain"), told ("trial_steps"), and left out once ("settled_gain").
+rest ("gain"), told ("trial_steps"), and left out once ("settled_gain"). Times are means of three runs on different
+parts of the routing: which experts the guard freezes, and when, alone makes 2 to 3 % at one sequence.
 """
 
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any
 
 import typer
@@ -24,7 +26,7 @@ from rich.table import Table
 from benchmarks.predictor.__main__ import DEMO_TRACE
 from benchmarks.prefetch.routes import Route, StepsOf, demo_route, demo_steps, synthetic_route, synthetic_steps
 from benchmarks.prefetch.simulation import Prefetched, run
-from benchmarks.reporting import progress, write_result
+from benchmarks.reporting import progress, wide_console, write_result
 from benchmarks.servers.simulation import CONTEXT, Steps
 from moe_offload.predictor.network import LearnedPredictor
 from moe_offload.predictor.network_file import read_networks
@@ -36,44 +38,75 @@ SYNTHETIC_SERVERS = SERVERS[:1]
 BATCHES = (1, 4, 16, 64)
 CACHES = (0.10, 0.35, 0.70)
 NOISE = 0.01
+RUNS = 3
 SMOKE = Size(layers=4, experts=16, top_k=2, sequences=40, tokens=24, prompt_tokens=12, hidden=16)
 SMOKE_ROUTING = Routing(0.45, 0.35, (0.8, 0.7, 0.6))
 
 
-def cell(server: str, route: Route, batch: int, share: float, results: dict[str, Prefetched]) -> dict[str, Any]:
-    """For JSON; gain: speed over that without copies ahead; settled: leaving out steps that tried something."""
-    none = results["none"]
-    others = {name: each for name, each in results.items() if name != "none"}
+def cell(server: str, route: Route, batch: int, share: float, runs: list[dict[str, Prefetched]]) -> dict[str, Any]:
+    """For JSON; gain: speed over that without copies ahead; settled: leaving out steps that tried something.
+
+    runs: by name, of several parts of the routing. What the guard freezes, and when, differs from run to run.
+    """
+
+    def seconds(name: str) -> float:
+        return fmean(run[name].result.seconds_per_step for run in runs)
+
+    def settled(name: str) -> float:
+        return fmean(run[name].settled_seconds for run in runs)
+
+    names = list(runs[0])
+    gains = {
+        name: [run["none"].result.seconds_per_step / run[name].result.seconds_per_step for run in runs]
+        for name in names[1:]
+    }
     return {
-        "server": server, "routing": route.name, "batch": batch, "cache": share,
-        "slots": none.result.slots,
-        "gain": {
-            name: round(none.result.seconds_per_step / each.result.seconds_per_step, 4) for name, each in others.items()
-        },
-        "settled_gain": {name: round(none.settled_seconds / each.settled_seconds, 4) for name, each in others.items()},
+        "server": server, "routing": route.name, "batch": batch, "cache": share, "slots": runs[0]["none"].result.slots,
+        "gain": {name: round(seconds("none") / seconds(name), 4) for name in names[1:]},
+        "gain_of_runs": {name: [round(gain, 4) for gain in each] for name, each in gains.items()},
+        "settled_gain": {name: round(settled("none") / settled(name), 4) for name in names[1:]},
         "simulated": {
             name: {
-                "ms_per_step": round(1e3 * each.result.seconds_per_step, 4), "hits": round(each.result.hits, 4),
-                "busy": each.result.busy, "gate": each.gate, "trial_steps": round(each.trial_steps, 3),
+                "ms_per_step": round(1e3 * seconds(name), 4),
+                "hits": round(fmean(run[name].result.hits for run in runs), 4),
+                "busy": {
+                    key: round(fmean(run[name].result.busy[key] for run in runs), 3)
+                    for key in runs[0][name].result.busy
+                },
+                "gate": [run[name].gate for run in runs],
+                "trial_steps": round(fmean(run[name].trial_steps for run in runs), 3),
             }
-            for name, each in results.items()
+            for name in names
         },
     }  # fmt: skip
 
 
 def cells_of(
-    route: Route, servers: tuple[str, ...], batches: tuple[int, ...], steps_of: StepsOf, cost: float, each: float
+    route: Route,
+    servers: tuple[str, ...],
+    batches: tuple[int, ...],
+    steps_of: StepsOf,
+    cost: float,
+    each: float,
+    runs: int = RUNS,
 ) -> list[dict[str, Any]]:
-    """Every cell of a routing. cost, each: microseconds of a predictor for a layer, and for each token more."""
+    """Every cell of a routing. cost, each: microseconds of a predictor for a layer, and for each token more. runs: on
+    different parts of the routing, whose times are averaged.
+    """
     found = []
     for batch in batches:
         steps = steps_of(batch)
-        tokens = route.tokens(batch, steps.total)
-        ways, choices = route.ways(tokens, 1e-6 * (cost + each * batch)), route.choices(tokens)
+        parts = []
+        for part in range(runs):
+            tokens = route.tokens(batch, steps.total, part / runs / batch)
+            parts.append((route.ways(tokens, 1e-6 * (cost + each * batch)), route.choices(tokens)))
         for server in servers:
             progress(f"{route.name}, batch {batch}, {server}")
             for share in CACHES:
-                results = {name: run(server, route.shape, choices, steps, share, way) for name, way in ways.items()}
+                results = [
+                    {name: run(server, route.shape, choices, steps, share, way) for name, way in ways.items()}
+                    for ways, choices in parts
+                ]
                 found.append(cell(server, route, batch, share, results))
     return found
 
@@ -115,10 +148,10 @@ def main(
     smoke: Annotated[bool, typer.Option(help="One server, a small synthetic trace; writes nothing.")] = False,
 ) -> None:
     """Measure what prefetching is worth on virtual servers."""
-    console = Console()
+    console = wide_console()
     if smoke:
         route = synthetic_route(SMOKE, SMOKE_ROUTING)
-        cells = cells_of(route, SERVERS[:1], BATCHES[:2], lambda batch: Steps(4, 4, 4), cost, cost_token)
+        cells = cells_of(route, SERVERS[:1], BATCHES[:2], lambda batch: Steps(4, 4, 4), cost, cost_token, 1)
         show(console, cells)
         console.print(f"smoke: simulated, synthetic: {summary(cells)}")
         return
@@ -140,7 +173,7 @@ def main(
                 "demo": f"{held_out.info.note}; {'all of it' if train else 'one half, look-ahead fitted on the other'}",
                 "synthetic": "synthetic: made up, as predictable as published; 12 layers x 64 experts",
             },
-            "predictor_microseconds": {"layer": cost, "token": cost_token}, "context": CONTEXT,
+            "predictor_microseconds": {"layer": cost, "token": cost_token}, "context": CONTEXT, "runs": RUNS,
             "summary": sums, "cells": cells,
         },
     )  # fmt: skip

@@ -34,11 +34,13 @@ class Route(NamedTuple):
     held_out: Sequences
     predictors: tuple[Predictor, ...]
 
-    def tokens(self, batch: int, steps: int) -> NDArray[np.int64]:
-        """[steps, T] tokens of the trace: sequences one behind the other, each stream beginning elsewhere."""
+    def tokens(self, batch: int, steps: int, part: float = 0.0) -> NDArray[np.int64]:
+        """[steps, T] tokens of the trace: sequences one behind the other, each stream beginning elsewhere, the first
+        one at this part of the trace.
+        """
         found = self.trace.tokens(self.held_out)
         step, stream = np.ogrid[:steps, :batch]
-        return np.asarray(found[(step + stream * max(len(found) // batch, 1)) % len(found)])
+        return np.asarray(found[(int(part * len(found)) + step + stream * max(len(found) // batch, 1)) % len(found)])
 
     def choices(self, tokens: NDArray[np.int64]) -> Choices:
         """[steps, L, T, K] of these tokens."""

@@ -2,7 +2,8 @@
 
 A prediction is for one call: the next one of its layer, with as many tokens as it was made for. A later one takes its
 place; the call itself consumes it. It may be promised instead of given: then it is made when somebody asks for it,
-which nobody does while nothing is prefetched, and at most once.
+which nobody does while nothing is prefetched, and at most once. Where so many tokens come together that popularity
+alone knows which experts will have some, it is not made.
 """
 
 from collections.abc import Callable, Iterable
@@ -21,6 +22,8 @@ class Foreseen(NamedTuple):
     rows: NDArray[np.float64]  # [E]
     tokens: int
 
+
+CERTAIN = 0.01  # mean variance of popularity's word on who will be there: below, there is nothing to add
 
 Provider = Callable[[int], Foreseen | None]  # of a layer; None: it cannot say
 
@@ -75,7 +78,8 @@ class PredictedUse:
         provider = self._promised[layer]
         if provider is not None:
             self._promised[layer] = None
-            made = provider(layer)
+            usual = self.usual.usual_presence(layer, tokens)
+            made = provider(layer) if float((usual * (1 - usual)).mean()) > CERTAIN else None
             if made is not None:
                 self.foresee(layer, *made)
         found = self._foreseen[layer]

@@ -57,6 +57,21 @@ def test_what_is_promised_is_made_once_and_only_when_asked_for() -> None:
     assert asked == [2]  # its call has come: nobody is asked any more
 
 
+def test_what_is_certain_is_not_predicted() -> None:
+    """Of many tokens every expert has some, which popularity knows."""
+    forecast, asked = made(), []
+
+    def provider(layer: int) -> Foreseen:
+        asked.append(layer)
+        return Foreseen(vector(0.5), vector(1.0), 2)
+
+    for tokens, times in ((64, 0), (2, 1)):
+        forecast.expect([1], provider)
+        found = forecast.presence(1, tokens)
+        assert len(asked) == times and (found > 0.99).all() == (times == 0)
+        observe(forecast, 1, tokens)
+
+
 def test_a_later_word_counts() -> None:
     forecast = made()
     forecast.expect([0, 1], lambda layer: Foreseen(vector(0.2), vector(0.2), 1))
