@@ -49,7 +49,7 @@ def test_quantised_rows_are_near(rows: NDArray[np.float32]) -> None:
     integers, scale = quantise(rows)
     assert integers.dtype == np.int8 and scale.dtype == np.float16 and np.abs(integers.astype(int)).max() <= 127
     error = np.abs(integers * scale.astype(np.float64)[:, None] - rows)
-    assert (error <= 0.501 * scale[:, None] + 1e-12).all()
+    assert (error <= 0.501 * scale.astype(np.float64)[:, None] + 1e-12).all()
     # the scale is as small as it can be, to the precision of f16
     assert (scale.astype(np.float64) <= np.abs(rows).max(axis=1) / 127 * 1.001 + 6e-8).all()
 
