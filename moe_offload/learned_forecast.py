@@ -2,7 +2,9 @@
 
 At each MoE layer the engine notes what went into the layer's experts. From that the network can tell the three layers
 that follow; it is promised to the forecast, and computed only if the prefetcher asks, which it does when all of the
-layer's work is enqueued on the device. A promise dies with the next layer's note.
+layer's work is enqueued on the device. A promise dies with the next layer's note. What a prediction costs grows with
+the tokens: from `SPARSE` of them on every other layer makes one, and the layer between goes by that, from one more
+layer away.
 
 The time that a prediction takes is the host's. On a simulated accelerator it is charged like the experts' work: a job
 that reads the source's weights.
@@ -23,6 +25,7 @@ from moe_offload.predictor_stats import PredictorStats
 from moe_offload.scheduling.predicted import Foreseen, PredictedUse
 from moe_offload.transfer.accelerator import Accelerator, Work
 
+SPARSE = 8  # tokens
 _TIMED = 1024  # calls whose time is remembered
 
 
@@ -67,7 +70,8 @@ class LearnedForecast:
         self._layer = layer
         self.adaptation.observe(layer, chosen)
         self.network.observe(layer, chosen)
-        if layer + 1 < self.network.layers and len(hidden):
+        sparse = len(hidden) >= SPARSE and layer % 2
+        if layer + 1 < self.network.layers and len(hidden) and not sparse:
             self._source, self._hidden, self._chosen = layer + 1, hidden, chosen
             until = min(layer + 1 + DISTANCES, self.network.layers)
             self._forecast.expect(range(layer + 1, until), self._foresee)
@@ -84,6 +88,9 @@ class LearnedForecast:
             weights = self.network.sources[self._source]
             work = Work(weights.read_bytes, 2 * weights.parameters, (rows,))
             self._accelerator.run_host(self._predict, work, "predictor")
+            made = self._made
+            for each in range(min(DISTANCES, self.network.layers - self._source) if made is not None else 0):
+                self._forecast.foresee(self._source + each, made.presence[each], made.rows[each], len(hidden))
         made = self._made
         return None if made is None else Foreseen(made.presence[distance], made.rows[distance], len(hidden))
 

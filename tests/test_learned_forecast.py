@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 import moe_offload
 from moe_offload.device_side import DeviceSide
+from moe_offload.learned_forecast import SPARSE
 from moe_offload.models.errors import OptionError
 from moe_offload.models.routers import read_routers
 from moe_offload.options import Options
@@ -113,6 +114,29 @@ def test_what_it_says(folder: Path) -> None:
         generate(model, tiny_models.token_ids(1, 9), max_new_tokens=20)
         assert len(found) > 50 and np.mean(found) > 0.95
         assert learned.stats().adaptation == "off"
+
+
+def test_of_many_tokens_every_other_layer_predicts(folder: Path) -> None:
+    """The layer between goes by what was said before it, and is not left without a word."""
+    with on_device(folder, 12, predictor="look-ahead", adapt=False) as model:
+        side = side_of(model)
+        assert side.learned is not None
+        layers, predicted, fresh = 4, [], []
+        predict = side.learned.network.predict
+
+        def count(source: int, *args: Any) -> Any:
+            predicted.append(source)
+            return predict(source, *args)
+
+        side.learned.network.predict = count  # type: ignore[method-assign]
+        side.forecast.usual.usual_presence = lambda *_: np.full(EXPERTS, 0.5)  # type: ignore[method-assign]
+        asked(side, lambda layer, *_: fresh.append(side.forecast.fresh(layer)))
+        for tokens, wanted in ((SPARSE - 1, [1, 2, 3]), (SPARSE, [1, 3])):
+            predicted.clear()
+            fresh.clear()
+            with torch.no_grad():
+                model(tiny_models.token_ids(tokens, 1))
+            assert predicted == wanted and fresh == [True] * (layers - 1)
 
 
 def test_every_router(checkpoint: Checkpoints) -> None:
