@@ -89,10 +89,16 @@ class LearnedForecast:
             work = Work(weights.read_bytes, 2 * weights.parameters, (rows,))
             self._accelerator.run_host(self._predict, work, "predictor")
             made = self._made
-            for each in range(min(DISTANCES, self.network.layers - self._source) if made is not None else 0):
-                self._forecast.foresee(self._source + each, made.presence[each], made.rows[each], len(hidden))
+            self._tell(len(hidden))
         made = self._made
         return None if made is None else Foreseen(made.presence[distance], made.rows[distance], len(hidden))
+
+    def _tell(self, tokens: int) -> None:
+        """All layers that the prediction is of, since the next one may make none."""
+        made = self._made
+        if made is not None:
+            for each in range(min(DISTANCES, self.network.layers - self._source)):
+                self._forecast.foresee(self._source + each, made.presence[each], made.rows[each], tokens)
 
     def _predict(self) -> None:
         assert self._hidden is not None

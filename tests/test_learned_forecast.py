@@ -128,7 +128,7 @@ def test_of_many_tokens_every_other_layer_predicts(folder: Path) -> None:
             predicted.append(source)
             return predict(source, *args)
 
-        side.learned.network.predict = count  # type: ignore[method-assign]
+        side.learned.network.predict = count  # type: ignore[method-assign, assignment]
         side.forecast.usual.usual_presence = lambda *_: np.full(EXPERTS, 0.5)  # type: ignore[method-assign]
         asked(side, lambda layer, *_: fresh.append(side.forecast.fresh(layer)))
         for tokens, wanted in ((SPARSE - 1, [1, 2, 3]), (SPARSE, [1, 3])):
