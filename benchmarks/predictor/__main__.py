@@ -6,6 +6,17 @@ TRACE is of text that nothing was trained on; by default the demo model's. Basel
 of another trace (--train), or of TRACE itself, whose test sequences are what everybody is measured on. Every figure is
 defined in predictor/metrics.py, and given for decode and prefill apart, at distances 1, 2 and 3, with 95 % intervals
 by bootstrap over sequences. What it is worth to a cache comes beside; simulated times are in `benchmarks.prefetch`.
+
+The committed figures, an hour of two cores:
+
+    python -m benchmarks.demo_model.trace_text train text.txt
+    moe-offload trace demo --prompts text.txt --max-tokens 1500000 -o train.safetensors
+    moe-offload train-predictor demo --trace train.safetensors --passes 3 -o demo.safetensors
+    python -m benchmarks.predictor --train train.safetensors --predictor demo.safetensors
+
+The trace in the repository has the projections of that training trace; one made again may differ in their last digits,
+and then TRACE has to be made again too: `trace_text held-out text.jsonl`, `moe-offload trace demo --prompts text.jsonl
+--like train.safetensors -o TRACE`.
 """
 
 from pathlib import Path
@@ -58,7 +69,7 @@ def main(
     threshold: Annotated[float, typer.Option(min=0, max=1, help="Of presence.")] = THRESHOLD,
     smoke: Annotated[bool, typer.Option(help="Baselines on a small synthetic trace; writes nothing.")] = False,
 ) -> None:
-    """Measure predictors on a held-out trace."""
+    """Measure predictors on a held-out trace; how the committed figures were made stands in this file."""
     try:
         held_out, fitted = opened(trace, train, smoke)
         tested, counted, checked = sequences_of(held_out, fitted)
