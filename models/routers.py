@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import permutations
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,10 +25,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moe_offload.models.errors import UnsupportedModelError
+from moe_offload.predictor.trace import DISTANCES, SHARPNESS, Select
 
-DISTANCES = 3  # layers that are looked ahead
-SHARPNESS = 8.0  # of scores that are bounded: differences as large as those of logits
-Select = Literal["linear", "sigmoid", "softmax"]
 Floats = NDArray[np.float32]
 
 _PROBES = 256  # random inputs
@@ -289,11 +287,9 @@ def _read_norm(module: nn.Module, size: int) -> _Norm | None:
     x = ramp.to(like.dtype).float().numpy()
     expected = x / np.sqrt(np.square(x).mean()) * factor + shift
     scale = np.abs(expected).max()
-    return (
-        _Norm(factor.astype(np.float32), shift.astype(np.float32), centred)
-        if np.abs(put(ramp) - expected).max() <= 0.02 * scale
-        else None
-    )
+    if np.abs(put(ramp) - expected).max() > 0.02 * scale:
+        return None
+    return _Norm(factor.astype(np.float32), shift.astype(np.float32), centred)
 
 
 def _source(source: int, layers: Sequence[RouterRows], norms: Sequence[_Norm | None]) -> SourceRows:

@@ -282,6 +282,7 @@ def train_predictor(
     ] = None,
     passes: Annotated[int, typer.Option(help="Over the training tokens, at most.")] = 4,
     max_tokens: Annotated[int, typer.Option(help="Of the prompts, at most.")] = 400_000,
+    sequence_tokens: Annotated[int, typer.Option(help="Tokens that the prompts are cut into.")] = 256,
     seed: Annotated[int, typer.Option(help="The same seed gives the same predictor.")] = 0,
     threads: cli_options.Threads = None,
     weights: cli_options.Weights = "auto",
@@ -299,7 +300,7 @@ def train_predictor(
     opened = open_model(options)
     from moe_offload import train_command
 
-    wishes = train_command.TrainWishes(prompts, trace, output, passes, max_tokens, seed)
+    wishes = train_command.TrainWishes(prompts, trace, output, passes, max_tokens, sequence_tokens, seed)
     return train_command.train_predictor(opened, wishes, as_json=as_json)
 
 

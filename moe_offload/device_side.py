@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
 
 from moe_offload import device_attention
 from moe_offload.attention_layers import attention_layers
@@ -35,7 +34,7 @@ from moe_offload.dispatcher import Dispatcher
 from moe_offload.gpu_kernels.torch_experts import DeviceActivation, DeviceRecord, TorchExperts
 from moe_offload.kv_placement import KvPlacement
 from moe_offload.layer_tensors import LayerParts, LayerTensors
-from moe_offload.learned_forecast import LearnedForecast, Step
+from moe_offload.learned_forecast import LearnedForecast, step_of
 from moe_offload.memory import format_bytes
 from moe_offload.models.errors import NotEnoughMemoryError
 from moe_offload.models.skeleton import Skeleton
@@ -322,7 +321,7 @@ class DeviceSide:
         if self.placement is not None:
             self.placement.hook(model, (), kwargs)
         if self.learned is not None:
-            self.learned.begin_step(_sequences(kwargs))
+            self.learned.begin_step(step_of(kwargs))
 
     def start_predictor(self, predictor: FastNetwork, name: str) -> None:
         """Have it say what the next layers will want."""
@@ -347,17 +346,6 @@ class DeviceSide:
             self.accelerator.close()
             self.slots.forget()
             self._tensors.forget()
-
-
-def _sequences(kwargs: dict[str, Any]) -> Step:
-    """What a model's forward with these arguments is about to go through."""
-    inputs = kwargs.get("input_ids")
-    inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
-    if inputs is None or inputs.dim() < 2:
-        return Step(0, 1, True)
-    cache = kwargs.get("past_key_values")
-    anew = not isinstance(cache, Cache) or int(cache.get_seq_length()) == 0
-    return Step(int(inputs.shape[0]), int(inputs.shape[1]), anew)
 
 
 def compile_planners(progress: Progress | None) -> None:

@@ -13,10 +13,11 @@ that reads the source's weights.
 import time
 from collections import deque
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from transformers.cache_utils import Cache
 
 from moe_offload.predictor.adaptation import Adaptation
 from moe_offload.predictor.fast_network import MOST_ROWS, Batch, FastNetwork
@@ -35,6 +36,17 @@ class Step(NamedTuple):
     sequences: int
     length: int
     anew: bool
+
+
+def step_of(kwargs: dict[str, Any]) -> Step:
+    """What a model's forward with these arguments is about to go through."""
+    inputs = kwargs.get("input_ids")
+    inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
+    if inputs is None or inputs.dim() < 2:
+        return Step(0, 1, True)
+    cache = kwargs.get("past_key_values")
+    anew = not isinstance(cache, Cache) or int(cache.get_seq_length()) == 0
+    return Step(int(inputs.shape[0]), int(inputs.shape[1]), anew)
 
 
 class LearnedForecast:

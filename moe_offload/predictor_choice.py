@@ -57,7 +57,8 @@ def choose_predictor(
         found = read_networks(path, model)
     except PredictorError as error:
         if named:
-            raise OptionError(f"predictor (--predictor): {error}") from error
+            words = "" if path.exists() else f" (or say {', '.join(NO_PREDICTOR_FILE)})"
+            raise OptionError(f"predictor (--predictor): {error}{words}") from error
         logger.warning("the predictor kept for this model is of no use: %s", error)
         return None
     shape = (found.info.layers, found.info.experts, found.info.hidden_size)

@@ -38,7 +38,6 @@ class Prefetcher:
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
-        self.horizon = HORIZON  # layers ahead; 0: nothing is copied but what is to stay
         self.gate = PrefetchGate()
         self._layers = len(parts.kinds)
         self._worth = ExpertWorth(parts)
@@ -85,14 +84,14 @@ class Prefetcher:
         worth.passed(layer, tokens)
         worth.saved(layer, tokens, anew=True)
         pace, copy = self._pace or plan_seconds, self._copy(layer)
-        if self.gate.open and self.horizon:
+        if self.gate.open:
             self._reconsider(tokens, call_off)
         # What waits holds its slot, and on-demand fetches need some too.
         held = max(len(queue.waiting), sum(map(len, self._early.values())))
         slots = max(int(self._parts.cache.slots * MOST_HELD) - held, 0)
         booking = Booking(pace, queue.backlog() + copy * len(queue.waiting), slots)
         if self.gate.open:
-            for distance in range(1, min(self.horizon, self._layers - 1) + 1):
+            for distance in range(1, min(HORIZON, self._layers - 1) + 1):
                 self._copy_ahead((layer + distance) % self._layers, distance, tokens, booking, prefetch)
         self._keep(layer, tokens, booking, prefetch)
         fed = queue.feed(pace) / self._parts.record_bytes[layer]

@@ -36,6 +36,7 @@ class TrainWishes:
     output: Path | None
     passes: int = Settings().passes
     max_tokens: int | None = None
+    sequence_tokens: int = 256
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -77,12 +78,24 @@ def train_predictor(opened: OpenedModel, wishes: TrainWishes, *, as_json: bool) 
         beside.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise MoeOffloadError(f"cannot make the folder {beside.parent}: {error.strerror or error}; give -o") from error
-    beside.unlink(missing_ok=True)  # of other text, perhaps
-    make_trace(opened, TraceWishes(wishes.prompts, beside, max_tokens=wishes.max_tokens))
+    wanted = TraceWishes(wishes.prompts, beside, sequence_tokens=wishes.sequence_tokens, max_tokens=wishes.max_tokens)
+    try:
+        make_trace(opened, wanted)
+    except MoeOffloadError:
+        if not beside.exists():
+            raise
+        beside.unlink()  # one that an interrupted run left, of other text
+        make_trace(opened, wanted)
+    finished = True
     try:
         return _train(opened, wishes, beside, fingerprint, output, started, as_json)
+    except KeyboardInterrupt:
+        terminal.note("the trace is kept: the same command goes on with it")
+        finished = False
+        raise
     finally:
-        beside.unlink(missing_ok=True)
+        if finished:
+            beside.unlink(missing_ok=True)
 
 
 def _train(

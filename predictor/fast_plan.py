@@ -12,9 +12,9 @@ from moe_offload.cpu_kernels.matrix_block import COUNTERS as MATRIX_COUNTERS
 from moe_offload.cpu_kernels.stages import Chain, Stage
 from moe_offload.cpu_kernels.team import aligned_bytes
 from moe_offload.predictor import fast_stages
-from moe_offload.predictor.fast_weights import GROUP, Select, SourceWeights
+from moe_offload.predictor.fast_weights import GROUP, SourceWeights
 from moe_offload.predictor.network import input_size
-from moe_offload.predictor.trace import DISTANCES
+from moe_offload.predictor.trace import DISTANCES, Select
 
 SELECTS = {"linear": fast_stages.LINEAR, "sigmoid": fast_stages.SIGMOID, "softmax": fast_stages.SOFTMAX}
 _LANES = 16  # rows of f32 begin on cache lines

@@ -23,11 +23,10 @@ from moe_offload.cpu_kernels.target import current_target
 from moe_offload.cpu_kernels.vector_ops import add_scaled, add_vector, copy_vector
 from moe_offload.predictor.compiling import stage_job
 from moe_offload.predictor.network import DECAY
-from moe_offload.predictor.trace import DISTANCES
+from moe_offload.predictor.trace import DISTANCES, SHARPNESS
 
 LINE = 64
 COUNTERS = 2
-SHARPNESS = 8.0  # of a sigmoid router's scores: they lie between 0 and 1, and margins want to be worth something
 _NEXT, _DONE = 0, LINE
 TOKENS = COUNTERS * LINE
 

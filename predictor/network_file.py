@@ -6,19 +6,16 @@ Shapes: network.py.
 """
 
 import json
-import os
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from moe_offload.predictor.errors import PredictorError
 from moe_offload.predictor.network import Block, Floats, SourceNetwork, input_size
+from moe_offload.predictor.tensor_file import map_tensors, write_tensors
 from moe_offload.predictor.trace import DISTANCES
 
 FORMAT = 1
@@ -64,17 +61,14 @@ def write_networks(path: Path, info: NetworkInfo, networks: Sequence[SourceNetwo
                 tensors[f"{source}.{name}"] = value
         for number, block in enumerate(network.blocks):
             tensors |= {f"{source}.{number}.{name}": value for name, value in block._asdict().items()}
-    beside = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    specs = {name: ("F32", value.shape) for name, value in tensors.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        whole = {name: np.ascontiguousarray(value, np.float32) for name, value in tensors.items()}
-        save_file(whole, beside, {KEY: json.dumps(asdict(info))})
-        os.replace(beside, path)
-    except (OSError, SafetensorError) as error:
-        raise PredictorError(f"cannot write the predictor {path}: {error}; give another place with -o") from error
-    finally:
-        with suppress(OSError):
-            beside.unlink()
+        write_tensors(path, specs, {KEY: json.dumps(asdict(info))}, lambda name, put: put(tensors[name]))
+    except OSError as error:
+        raise PredictorError(
+            f"cannot write the predictor {path}: {error.strerror or error}; give another place with -o"
+        ) from error
 
 
 def read_networks(path: Path, model: str | None = None) -> NetworkFile:
@@ -83,19 +77,19 @@ def read_networks(path: Path, model: str | None = None) -> NetworkFile:
     Raises PredictorError when it is no predictor, damaged, of another version or of another model.
     """
     try:
-        with safe_open(path, framework="numpy") as file:
-            info = _info(path, file.metadata() or {})
-            if model is not None and info.model != model:
-                raise PredictorError(
-                    f"{path} predicts another model ({info.model_type}, {info.model[:16]}), not this one "
-                    f"({model[:16]}): moe-offload train-predictor makes one for it"
-                )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+        metadata, mapped = map_tensors(path)
+        info = _info(path, metadata)
+        if model is not None and info.model != model:
+            raise PredictorError(
+                f"{path} predicts another model ({info.model_type}, {info.model[:16]}), not this one "
+                f"({model[:16]}): moe-offload train-predictor makes one for it"
+            )
+        tensors = {name: value.copy() for name, value in mapped.items()}
     except FileNotFoundError as error:
         raise PredictorError(f"there is no predictor {path}: moe-offload train-predictor makes one") from error
     except PredictorError:
         raise
-    except (SafetensorError, OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise PredictorError(f"{path} is no predictor, or a damaged one ({error}): train it again") from error
     networks = tuple(_network(path, info, source, tensors) for source in range(info.layers))
     if tensors:

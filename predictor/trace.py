@@ -26,7 +26,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,10 @@ from moe_offload.predictor.tensor_file import DTYPES, map_tensors
 FORMAT = 1
 KEY = "moe_offload_trace"
 DISTANCES = 3  # layers that are looked ahead
+# What a router's scores are of its logits: themselves, or SHARPNESS times their sigmoid or softmax plus a bias, which
+# makes differences of bounded scores as large as those of logits.
+Select = Literal["linear", "sigmoid", "softmax"]
+SHARPNESS = 8.0
 TRAIN, VALIDATION, TEST = 0, 1, 2
 SPLITS = ("train", "validation", "test")
 _TYPES = {dtype.str: name for name, dtype in DTYPES.items()}

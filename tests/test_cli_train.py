@@ -124,6 +124,33 @@ def test_a_place_that_is_none(run: Run, folder: Path, trace: Path, tmp_path: Pat
     assert code == 2 and "is a folder" in err
 
 
+def test_what_was_traced_is_kept_after_ctrl_c(
+    run: Run, folder: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    command = ("train-predictor", folder, "--prompts", prompts, "-o", tmp_path / "p", "--passes", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_command, "train_source", interrupted)
+        code, _, err = run(*command, "--sequence-tokens", 64, "--max-tokens", 8000)
+        assert code == 130 and "goes on with it" in err
+    (kept,) = tmp_path.glob("p*")
+    monkeypatch.setattr("moe_offload.tracing._run", None)  # nothing is traced from here on
+    code, out, err = run(*command, "--sequence-tokens", 64, "--max-tokens", 8000)
+    assert code == 0 and out == f"{tmp_path / 'p'}\n" and not kept.exists(), err
+
+
+def test_a_kept_trace_of_other_text_makes_room(
+    run: Run, folder: Path, prompts: Path, trace: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "p.trace").write_bytes(trace.read_bytes())
+    code, out, err = run(
+        "train-predictor", folder, "--prompts", prompts, "-o", tmp_path / "p", "--passes", 1, "--max-tokens", 8000
+    )
+    assert code == 0 and out and not (tmp_path / "p.trace").exists(), err
+
+
 def test_ctrl_c_leaves_nothing(
     run: Run, folder: Path, trace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -196,11 +196,8 @@ def test_popularity_is_booked_as_predictions_are() -> None:
     assert made.ahead(1) == []
 
 
-@pytest.mark.parametrize("how", ["shut", "no horizon"])
-def test_where_it_does_not_pay_only_what_is_to_stay_is_copied_and_nobody_is_asked(how: str) -> None:
-    made = settled(is_open=how != "shut")
-    if how != "shut":
-        made.prefetcher.horizon = 0
+def test_where_it_does_not_pay_only_what_is_to_stay_is_copied_and_nobody_is_asked() -> None:
+    made = settled(is_open=False)
     made.expect({1: ALL, 2: ALL, 3: ALL})
     made.asked.clear()
     found = made.look_ahead(0)

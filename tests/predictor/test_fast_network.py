@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from moe_offload.cpu_kernels.team import Team, ThreadTeam
 from moe_offload.models.routers import selected
 from moe_offload.predictor.fast_network import MOST_ROWS, FastNetwork
-from moe_offload.predictor.fast_weights import Look, Select, look_ahead
+from moe_offload.predictor.fast_weights import Look, look_ahead
 from moe_offload.predictor.network import (
     DECAY,
     Block,
@@ -22,7 +22,7 @@ from moe_offload.predictor.network import (
     input_size,
     to_probabilities,
 )
-from moe_offload.predictor.trace import DISTANCES
+from moe_offload.predictor.trace import DISTANCES, Select
 
 Floats = NDArray[np.float32]
 HIDDEN, EXPERTS, TOP_K, PROJECTED, UNITS = 96, 24, 3, 16, 40

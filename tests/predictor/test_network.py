@@ -4,6 +4,7 @@ reason.
 
 import dataclasses
 import errno
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from moe_offload.predictor import network_file
 from moe_offload.predictor.errors import PredictorError
 from moe_offload.predictor.network import (
     DECAY,
@@ -161,11 +161,10 @@ def test_another_models_predictor_is_refused_by_name(trace: Trace, tmp_path: Pat
 def test_a_disk_that_is_full_leaves_nothing_behind(
     trace: Trace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(tensors: object, path: Path, metadata: object) -> None:
-        path.write_bytes(b"half")
+    def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(network_file, "save_file", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(PredictorError, match="No space left"):
         written(trace, tmp_path / "p.safetensors")
     assert not list(tmp_path.iterdir())
