@@ -1,7 +1,7 @@
 """How CUDA C++ sources become kernels, and what a launch may be given.
 
 Two implementations: `cupy_kernels.CupyKernels` compiles with NVRTC and launches on torch's current stream; that of the
-tests compiles the same sources with g++ and runs them on the CPU. Both refuse a Python int or float as an argument: CuPy
+tests compiles the same sources with g++ and runs them on the CPU. Both refuse a Python int or float: CuPy
 would hand them over as 64 bits, and a kernel that takes an `int` or a `float` would read half of one, silently.
 """
 
