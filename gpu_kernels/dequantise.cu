@@ -1,8 +1,8 @@
 // A matrix of an expert's record, row by row in a type that cuBLAS multiplies: for experts with many rows.
 //
-// Compiled for one pair of types: FROM, how the matrix lies, and TO, what becomes of it (TYPE_F32, TYPE_F16, TYPE_BF16).
-// Values are those of unpack.py: code times scale in f32, rounded once. What does not fit TO becomes infinite: whoever
-// asks for f16 has checked that the weights are within its range.
+// Compiled for one pair of types: FROM, how the matrix lies, and TO, what becomes of it (a TYPE_). Values are those of
+// unpack.py: code times scale in f32, rounded once. What does not fit TO becomes infinite: whoever asks for f16 has
+// checked that the weights are within its range.
 #include "vectors.cuh"
 
 #define PACKED_INT8 3
@@ -12,7 +12,8 @@
 #if FROM <= TYPE_BF16
 
 // One type to another. data and out: [count], aligned to 16 bytes; four numbers a thread.
-extern "C" __global__ void __launch_bounds__(256) convert(const void* __restrict__ data, void* __restrict__ out, u64 count) {
+extern "C" __global__ void __launch_bounds__(256)
+convert(const void* __restrict__ data, void* __restrict__ out, u64 count) {
     u64 at = ((u64)blockIdx.x * 256 + threadIdx.x) * 4;
     if (at >= count) return;
     int left = count - at < 4 ? (int)(count - at) : 4;
@@ -89,7 +90,8 @@ __device__ __forceinline__ float4 numbers(u32 codes, float scale) {
 // Grid: [inputs / 128, outputs / 32], filled up. data: packed [rows, cols], aligned to 64; out: [rows, cols], aligned
 // to 16. span_bits: log2 of the inputs of a record. A block reads 128 inputs of 32 outputs in pieces of 16 bytes, one
 // behind the other, and turns them round in shared memory, so that it also writes whole lines.
-extern "C" __global__ void __launch_bounds__(THREADS) dequantise(const u8* __restrict__ data, void* __restrict__ out, int rows, int cols, int span_bits) {
+extern "C" __global__ void __launch_bounds__(THREADS)
+dequantise(const u8* __restrict__ data, void* __restrict__ out, int rows, int cols, int span_bits) {
     __shared__ __align__(16) u8 tile[OUTPUTS * INPUTS * SIZE];
     int quad = threadIdx.x / PIECES, piece = threadIdx.x % PIECES;
     int first = blockIdx.x * INPUTS, span = 1 << span_bits;
