@@ -26,6 +26,13 @@
 #define LOADS 1
 #define OUTPUTS 8
 #endif
+#if TILE == 1
+#define UNROLL 4  // steps whose bytes are on their way at once
+#define BLOCKS 3  // on a multiprocessor, at least: the compiler's own guess spills registers on some cards
+#else
+#define UNROLL 1
+#define BLOCKS 1
+#endif
 #define STEP_BYTES (512 * LOADS)
 #define COLUMNS (OUTPUTS == 8 ? 4 : 8)  // lanes side by side in a row of a record
 
@@ -156,6 +163,22 @@ __device__ __forceinline__ void store_sums(float (&sums)[OUTPUTS], int lane, flo
     }
 }
 
+// sums[r] += this warp's steps of a matrix's block times row r of `count` rows of x.
+__device__ __forceinline__ void add_block(
+    const u8* block, int steps, int group, const u8* const (&x)[TILE], int count, int warp, int warps, int lane,
+    float (&sums)[TILE][OUTPUTS]
+) {
+#pragma unroll UNROLL
+    for (int step = warp; step < steps; step += warps) {
+        const Codes codes = load_step(block, step, group, lane);
+#pragma unroll
+        for (int r = 0; r < TILE; ++r) {
+            if (r >= count) break;
+            add_step(codes, x[r], 32 * steps, step, lane, sums[r]);
+        }
+    }
+}
+
 __device__ __forceinline__ float over_warps(const float* sums, int warps, int lane) {
     float total = 0.0f;
     for (int w = 0; w < warps; ++w) total += sums[32 * w + lane];
@@ -164,7 +187,7 @@ __device__ __forceinline__ float over_warps(const float* sums, int warps, int la
 
 // grid (blocks of I, jobs). x: rows of tokens, h: rows of pairs, both as of planes.cuh. gate_at < 0: no gate.
 // bias_at: bytes to gate's and up's f32 biases; < 0: none.
-extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS)
+extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, BLOCKS)
 gate_up(
     const Jobs jobs, const u64* __restrict__ table, const int* __restrict__ pair_expert, int num_pairs, int top_k,
     const u8* __restrict__ x, int x_stride, u8* __restrict__ h, int h_stride, int* __restrict__ pair_done,
@@ -176,28 +199,17 @@ gate_up(
     __shared__ float sums[2][TILE][MAX_WARPS * 32];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5, block = blockIdx.x;
     const Routed routed = find_pairs(jobs, table, pair_expert, num_pairs, blockIdx.y, pairs, &found);
-    const int steps = (hidden + 31) >> 5, padded_h = ((inner + 31) >> 5) << 5, padded_x = steps << 5;
+    const int steps = (hidden + 31) >> 5, padded_h = ((inner + 31) >> 5) << 5;
     const u8* up = routed.record + up_at + block * block_bytes;
     const u8* gate = routed.record + (gate_at < 0 ? up_at : (u64)gate_at) + block * block_bytes;
     for (int first = 0; first < routed.count; first += TILE) {
         const int rows = min(TILE, routed.count - first);
-        float of_gate[TILE][OUTPUTS], of_up[TILE][OUTPUTS];
+        const u8* rows_of_x[TILE];
 #pragma unroll
-        for (int r = 0; r < TILE; ++r)
-#pragma unroll
-            for (int j = 0; j < OUTPUTS; ++j) of_gate[r][j] = of_up[r][j] = 0.0f;
-        for (int step = warp; step < steps; step += warps) {
-            const Codes u = load_step(up, step, group, lane);
-            Codes g;
-            if (gate_at >= 0) g = load_step(gate, step, group, lane);
-#pragma unroll
-            for (int r = 0; r < TILE; ++r) {
-                if (r >= rows) break;
-                const u8* row = x + (u64)(pairs[first + r] / top_k) * x_stride;
-                add_step(u, row, padded_x, step, lane, of_up[r]);
-                if (gate_at >= 0) add_step(g, row, padded_x, step, lane, of_gate[r]);
-            }
-        }
+        for (int r = 0; r < TILE; ++r) rows_of_x[r] = x + (u64)(pairs[first + min(r, rows - 1)] / top_k) * x_stride;
+        float of_up[TILE][OUTPUTS] = {}, of_gate[TILE][OUTPUTS] = {};
+        add_block(up, steps, group, rows_of_x, rows, warp, warps, lane, of_up);
+        if (gate_at >= 0) add_block(gate, steps, group, rows_of_x, rows, warp, warps, lane, of_gate);
 #pragma unroll
         for (int r = 0; r < TILE; ++r) {
             store_sums(of_up[r], lane, &sums[0][r][32 * warp]);
@@ -226,7 +238,7 @@ gate_up(
 }
 
 // grid (blocks of H, jobs). partial: f32 [pairs, H].
-extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS)
+extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, BLOCKS)
 down(
     const Jobs jobs, const u64* __restrict__ table, const int* __restrict__ pair_expert, int num_pairs,
     const u8* __restrict__ h, int h_stride, float* __restrict__ partial, int hidden, int inner, int group,
@@ -237,23 +249,15 @@ down(
     __shared__ float sums[TILE][MAX_WARPS * 32];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5, block = blockIdx.x;
     const Routed routed = find_pairs(jobs, table, pair_expert, num_pairs, blockIdx.y, pairs, &found);
-    const int steps = (inner + 31) >> 5, padded = steps << 5;
+    const int steps = (inner + 31) >> 5;
     const u8* matrix = routed.record + down_at + block * block_bytes;
     for (int first = 0; first < routed.count; first += TILE) {
         const int rows = min(TILE, routed.count - first);
-        float of_row[TILE][OUTPUTS];
+        const u8* rows_of_h[TILE];
 #pragma unroll
-        for (int r = 0; r < TILE; ++r)
-#pragma unroll
-            for (int j = 0; j < OUTPUTS; ++j) of_row[r][j] = 0.0f;
-        for (int step = warp; step < steps; step += warps) {
-            const Codes codes = load_step(matrix, step, group, lane);
-#pragma unroll
-            for (int r = 0; r < TILE; ++r) {
-                if (r >= rows) break;
-                add_step(codes, h + (u64)pairs[first + r] * h_stride, padded, step, lane, of_row[r]);
-            }
-        }
+        for (int r = 0; r < TILE; ++r) rows_of_h[r] = h + (u64)pairs[first + min(r, rows - 1)] * h_stride;
+        float of_row[TILE][OUTPUTS] = {};
+        add_block(matrix, steps, group, rows_of_h, rows, warp, warps, lane, of_row);
 #pragma unroll
         for (int r = 0; r < TILE; ++r) store_sums(of_row[r], lane, &sums[r][32 * warp]);
         __syncthreads();

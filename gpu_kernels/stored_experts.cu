@@ -13,6 +13,7 @@
 
 #define WARPS 8
 #define ROWS 4  // outputs of a warp
+#define BLOCKS (TILE == 1 ? 3 : 2)  // on a multiprocessor, at least: the compiler's own guess spills on some cards
 #if ELEMENT == TYPE_F32
 #define VECTOR 4  // numbers in 16 bytes
 #else
@@ -77,7 +78,7 @@ __device__ __forceinline__ void add_products(
 }
 
 // grid (blocks of 32 of I, jobs), WARPS warps. x: f32 rows of tokens, h: of pairs; strides in bytes. gate_at < 0: no gate.
-extern "C" __global__ void __launch_bounds__(32 * WARPS)
+extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
 gate_up(
     const Jobs jobs, const u64* __restrict__ table, const int* __restrict__ pair_expert, int num_pairs, int top_k,
     const u8* __restrict__ x, int x_stride, u8* __restrict__ h, int h_stride, int* __restrict__ pair_done,
@@ -122,7 +123,7 @@ gate_up(
 }
 
 // grid (blocks of 32 of H, jobs), WARPS warps. partial: f32 [pairs, H].
-extern "C" __global__ void __launch_bounds__(32 * WARPS)
+extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
 down(
     const Jobs jobs, const u64* __restrict__ table, const int* __restrict__ pair_expert, int num_pairs,
     const u8* __restrict__ h, int h_stride, float* __restrict__ partial, int hidden, int inner, u64 down_at,
