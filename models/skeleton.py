@@ -148,9 +148,9 @@ class SkeletonQuantizer(HfQuantizer):  # type: ignore[misc]
         undo.append(compat.ignore_unexpected_keys(model, list(parameters)))
         self.skeleton = Skeleton(spec, checkpoint, weights, parameters, tuple(undo))
         self.check(model, self.skeleton)
-        if self.inner is None:
-            self._built = {name: parameter.dtype for name, parameter in model.named_parameters()}
-        else:
+        # also of what an inner quantizer decodes: FP8 becomes bfloat16, whatever was asked for
+        self._built = {name: parameter.dtype for name, parameter in model.named_parameters()}
+        if self.inner is not None:
             hidden = {path: model.get_submodule(path) for path in parameters}
             for path in hidden:
                 model.set_submodule(path, nn.Identity())

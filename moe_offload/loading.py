@@ -1,7 +1,11 @@
 """`load`: a folder or a Hub id in, an ordinary transformers model out, its experts left where they are."""
 
+import gc
 import json
+import logging
 import os
+from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +13,14 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from moe_offload.config import MoeOffloadConfig
+from moe_offload.device_dtype import dtype_for_device
 from moe_offload.model_folder import find_model
 from moe_offload.models.checkpoint import Checkpoint
 from moe_offload.models.errors import CheckpointError, MoeOffloadError, first_line
 from moe_offload.models.spec import model_class
 from moe_offload.options import Activations, Dense, Progress, Weights
+
+logger = logging.getLogger(__name__)
 
 
 def load(
@@ -49,7 +56,7 @@ def load(
     weights, threads, memory_limit, gemm_rows, activations, pack_dir, dense, fused_decode, device, gpu_memory, ram,
     policy, overlap, predictor, adapt: see `Options`; sizes may be strings such as "6GiB".
     dtype, attn_implementation, device_map, revision, token, cache_dir, local_files_only: as in transformers'
-        `from_pretrained`.
+        `from_pretrained`. On a card without bfloat16 dtype="auto" makes float16 of it, or float32 (`device_dtype.py`).
     progress: called with (what, done, total) while weights are converted (bytes) and kernels are compiled.
 
     Returns the ordinary transformers model; `model.offload` is the engine (`spec`, `options`, `statistics`, `close()`).
@@ -59,48 +66,62 @@ def load(
     """
     folder = find_model(model, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
     config = read_config(folder)
-    Checkpoint.open(folder)  # every header is checked here, before transformers or a kernel relies on one
+    checkpoint = Checkpoint.open(folder)  # every header is checked here, before transformers or a kernel relies on one
     inner = getattr(config, "quantization_config", None)
     if inner is not None:
         del config.quantization_config
         inner = inner if isinstance(inner, dict) else inner.to_dict()
-    ours = MoeOffloadConfig(
-        weights,
-        threads,
-        memory_limit,
-        gemm_rows,
-        activations,
-        pack_dir,
-        dense,
-        fused_decode,
-        device=device,
-        gpu_memory=gpu_memory,
-        ram=ram,
-        policy=policy,
-        overlap=overlap,
-        predictor=predictor,
-        adapt=adapt,
-        inner=inner,
-        progress=progress,
-    )
-    wanted = {"attn_implementation": attn_implementation, "device_map": device_map}
+    options: dict[str, Any] = dict(
+        weights=weights, threads=threads, memory_limit=memory_limit, gemm_rows=gemm_rows, activations=activations,
+        pack_dir=pack_dir, dense=dense, fused_decode=fused_decode, device=device, gpu_memory=gpu_memory, ram=ram,
+        policy=policy, overlap=overlap, predictor=predictor, adapt=adapt, inner=inner, progress=progress,
+    )  # fmt: skip
+    ours = MoeOffloadConfig(**options)
+    more = {"attn_implementation": attn_implementation, "device_map": device_map}
+    source = _Source(folder, config, {name: value for name, value in more.items() if value is not None})
     try:
-        loaded, info = model_class(config).from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            quantization_config=ours,
-            output_loading_info=True,
-            **{name: value for name, value in wanted.items() if value is not None},
-        )
-    except MoeOffloadError:
-        raise
-    except (
-        SafetensorError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, OSError,
-    ) as error:  # fmt: skip
-        raise CheckpointError(f"transformers could not load {folder}: {first_line(error)}") from error
-    _refuse_incomplete(folder, loaded, info)
+        choice = dtype_for_device(checkpoint, config, ours.options, dtype, progress)
+    finally:
+        checkpoint.close()
+    loaded = source.load(ours, choice.dtype)
+    if loaded.offload.device is not None:
+        if choice.note:
+            logger.warning("%s", choice.note)
+    elif choice.converted:  # for a device that turned out to be of no use
+        loaded.offload.close()
+        del loaded
+        gc.collect()  # a model and its engine hold each other
+        loaded = source.load(MoeOffloadConfig(**options | {"device": "cpu", "gpu_memory": None}), dtype)
     return loaded
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A checked folder, and what goes to transformers as it is."""
+
+    folder: Path
+    config: PreTrainedConfig
+    arguments: dict[str, Any]
+
+    def load(self, ours: MoeOffloadConfig, dtype: Any) -> PreTrainedModel:
+        """The model, by transformers' `from_pretrained`."""
+        try:
+            loaded, info = model_class(self.config).from_pretrained(
+                self.folder,
+                config=deepcopy(self.config),  # which is told the dtype
+                dtype=dtype,
+                quantization_config=ours,
+                output_loading_info=True,
+                **self.arguments,
+            )
+        except MoeOffloadError:
+            raise
+        except (
+            SafetensorError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, OSError,
+        ) as error:  # fmt: skip
+            raise CheckpointError(f"transformers could not load {self.folder}: {first_line(error)}") from error
+        _refuse_incomplete(self.folder, loaded, info)
+        return loaded
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
