@@ -217,6 +217,23 @@ def bench_cpu(
 
 
 @app.command(
+    help="Show what this machine has, whether it fits together, and the command that mends what does not.\n\n"
+    "Ends with 0 where models can run, if only on the CPU, and with 1 where they cannot or where the device that was "
+    "asked for cannot be used."
+)
+def doctor(
+    device: Annotated[
+        str, typer.Option(metavar="[auto|cpu|cuda|cuda:N]", help="Say whether models can run on this one.")
+    ] = "auto",
+    as_json: cli_options.Json = False,
+    verbose: cli_options.Verbose = False,
+) -> int:
+    from moe_offload import doctor_command
+
+    return doctor_command.doctor(device, as_json)
+
+
+@app.command(
     help="Write down which experts a model's routers choose for a text, token by token, for training and measuring "
     "predictors.\n\n"
     "Runs on the CPU. What was interrupted goes on where it stopped. Prints the trace's name."

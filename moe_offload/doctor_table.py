@@ -1,0 +1,123 @@
+"""`moe-offload doctor` for human eyes."""
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from moe_offload.doctor import Verdict
+from moe_offload.doctor_cards import numeric_paths, spoken
+from moe_offload.doctor_facts import MachineFacts
+from moe_offload.doctor_findings import dotted, is_supported, label
+from moe_offload.memory import format_bytes
+from moe_offload.transfer.card_facts import CardFacts, Link
+
+_COLOURS = {"problem": "bold red", "advice": "bold yellow", "note": "bold"}
+
+
+def print_verdict(facts: MachineFacts, verdict: Verdict) -> None:
+    """Facts, conclusion, findings on stdout. Commands stand on lines of their own, never wrapped: to be copied."""
+    console = Console(highlight=False)
+    console.print(_facts(facts))
+    for card in facts.cards:
+        console.print(Group(Text(), _card(card, verdict)))
+    console.print(Group(Text(), _conclusion(facts, verdict)))
+    for finding in verdict.findings:
+        console.print(Text.assemble("\n", (f"{finding.severity}: ", _COLOURS[finding.severity]), finding.text))
+        if finding.command is not None:
+            console.print(Text(f"    {finding.command}", style="cyan"), soft_wrap=True)
+        elif finding.instruction is not None:
+            console.print(Text(f"What to do: {finding.instruction}."))
+    if any(finding.severity == "problem" for finding in verdict.findings):
+        console.print(Text("\nThen run moe-offload doctor again.", style="dim"))
+
+
+def _facts(facts: MachineFacts) -> Table:
+    table = _table()
+    memory = facts.cpu.memory
+    table.add_row("CPU", Text(facts.cpu.name))
+    table.add_row("", f"{facts.cpu.cores} core{'' if facts.cpu.cores == 1 else 's'} usable, {facts.cpu.tier}")
+    table.add_row("memory", f"{format_bytes(memory.total)}, {format_bytes(memory.available)} free")
+    table.add_row("GPU", "none" if not facts.cards else f"{len(facts.cards)}, see below")
+    driver = facts.driver
+    if driver.version is not None:
+        newest = f", for CUDA up to {spoken(driver.cuda)}" if driver.cuda is not None else ""
+        table.add_row(
+            "driver", f"{dotted(driver.version)}{newest}{', open kernel module' if driver.open_module else ''}"
+        )
+    table.add_row("software", f"moe-offload {facts.version}, Python {facts.python}")
+    table.add_row("", f"transformers {facts.transformers or 'not installed'}")
+    cuda = facts.cuda
+    built = "without CUDA" if cuda.cuda is None else f"with CUDA {cuda.cuda}"
+    code = f" for {' '.join(cuda.architectures)}" if cuda.architectures else ""
+    table.add_row("", f"torch {cuda.torch}, built {built}{code}")
+    if facts.cupy.wheels or facts.cards:
+        table.add_row("", Text(_cupy(facts)))
+    return table
+
+
+def _cupy(facts: MachineFacts) -> str:
+    cupy = facts.cupy
+    if not cupy.wheels:
+        return "CuPy not installed"
+    wheels = " and ".join(f"{name} {version}" for name, version in cupy.wheels)
+    if cupy.compiler is None:
+        return wheels
+    where = f" ({cupy.compiler_file})" if cupy.compiler_file else ""
+    return f"{wheels}, compiling with NVRTC {spoken(cupy.compiler)}{where}"
+
+
+def _card(card: CardFacts, verdict: Verdict) -> Table:
+    table = _table()
+    name = f"cuda:{card.index}" if card.index is not None else "GPU"
+    known = f", compute capability {spoken(card.capability)}" if card.capability is not None else ""
+    table.add_row(name, Text(f"{card.name if card.index is not None else label(card)}{known}", style="bold"))
+    if card.memory_bytes is not None:
+        free = f", {format_bytes(card.free_bytes)} free" if card.free_bytes is not None else ""
+        table.add_row("memory", f"{format_bytes(card.memory_bytes)}{free}")
+    if (link := _link(card.link)) is not None:
+        table.add_row("link", link)
+    if card.copy_rate is not None:
+        table.add_row("copies", f"{card.copy_rate / 1e9:.1f} GB/s from page-locked memory, measured")
+    if card.numa_node is not None:
+        table.add_row("NUMA node", str(card.numa_node))
+    if card.capability is not None and is_supported(card):
+        paths = numeric_paths(card.capability, card.name)
+        table.add_row("int4, int8", paths.quantised)
+        table.add_row("16 bits", paths.sixteen_bits)
+        table.add_row("bf16 models", paths.bf16_checkpoints)
+    if card.index not in verdict.usable:
+        table.add_row("usable", "no, see below")
+    return table
+
+
+def _link(link: Link) -> str | None:
+    """An idle card lowers its generation, which is no fault."""
+    generation = link.most_generation or link.generation
+    width = link.width or link.most_width
+    if not generation or not width:
+        return None
+    text = f"PCIe {generation}.0 x{width}"
+    if link.rate is not None:
+        text += f", {link.rate / 1e9:.1f} GB/s at most"
+    if link.generation is not None and link.generation < generation:
+        text += f" (at {link.generation}.0 now, as idle cards are)"
+    return text
+
+
+def _conclusion(facts: MachineFacts, verdict: Verdict) -> Text:
+    if not verdict.runs:
+        return Text("No model runs here yet.", style="bold red")
+    if not verdict.usable:
+        return Text("Models run here, on the CPU alone.", style="bold")
+    card = next(each for each in facts.cards if each.index == verdict.usable[0])
+    others = (
+        f" (also usable: {', '.join(f'cuda:{index}' for index in verdict.usable[1:])})" if verdict.usable[1:] else ""
+    )
+    return Text(f"Models run here, on {label(card)} and the CPU together{others}.", style="bold green")
+
+
+def _table() -> Table:
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="dim", no_wrap=True, min_width=11)
+    table.add_column(overflow="fold")
+    return table
