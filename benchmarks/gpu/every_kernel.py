@@ -1,15 +1,27 @@
-"""Every kernel once, on small odd shapes: what compute-sanitizer looks at.
+"""Every kernel on small shapes: what compute-sanitizer looks at.
 
 compute-sanitizer --tool memcheck python -m benchmarks.gpu.every_kernel
 """
 
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 
-from benchmarks.gpu.attention import run_attention
-from benchmarks.gpu.bench import Bench, Shape
-from benchmarks.gpu.contestants import FusedLayer, TiledExpert
-from benchmarks.gpu.experts import Experts, route
-from moe_offload.gpu_kernels.launch import Kernel, Kernels, Macros
+from moe_offload.gpu_kernels.launch import Kernels
+from tests.gpu_kernels.kernel_cases import CASES
+
+
+def run(kernels: Kernels, device: torch.device) -> int:
+    """All cases; how many. AssertionError where one's numbers are off."""
+    for case in CASES:
+        case.check(kernels, device)
+    return len(CASES)
+
+
+def main() -> None:
+    from moe_offload.gpu_kernels.cupy_kernels import CupyKernels
+
+    run(CupyKernels(0), torch.device("cuda", 0))
+    torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()

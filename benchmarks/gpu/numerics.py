@@ -16,7 +16,7 @@ _FOUND = 9  # the exit code that compute-sanitizer is told to give for errors
 
 
 def gpu_tests(files: tuple[str, ...] = ("tests",)) -> dict[str, Any]:
-    """`pytest -m gpu` in a process of its own: how many passed, failed and were skipped, and the names of failed ones."""
+    """`pytest -m gpu` in a process of its own: how many passed, failed and were skipped; the names of failed ones."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", f"--junitxml={report}", *files]

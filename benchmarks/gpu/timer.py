@@ -1,10 +1,10 @@
 """How long the device works on calls, apart from how long the host takes to ask for them.
 
 A sample is some calls one behind the other, each with inputs of its own, so that together they are more than the cache
-holds. On a card a kernel that only waits goes ahead of them: while it runs the host puts all of the calls on the stream,
-and two events around them see the device's time alone. Whether the host was done before the waiting ended is asked
-afterwards; if not, the wait is made longer. Calls that wait for the device themselves can never be done before: they are
-told apart by `host_bound`, and their figure is the time that they really take.
+holds. On a card a kernel that only waits goes ahead of them: while it runs the host puts all calls on the stream, and
+two events around them see the device's time alone. Whether the host was done before the waiting ended is asked
+afterwards; if not, the wait is made longer. Calls that wait for the device themselves can never be done before: they
+are told apart by `host_bound`, and their figure is the time that they really take.
 """
 
 import time

@@ -1,13 +1,14 @@
-"""Every kernel on small odd shapes beside float64, whoever compiles it and wherever it runs: on the CPU through the shim, on
-a card, on a newer card in the code of an older one.
+"""Every kernel on small odd shapes beside float64, whoever compiles it and wherever it runs.
 
-A case raises AssertionError where numbers are off by more than roundings explain. What the numbers may be off is that of
-test_torch_experts.py and packed_cases.py; finer cases are in the tests of each kernel.
+On the CPU through the shim, on a card, on a newer card in the code of an older one. A case raises AssertionError where
+numbers are off by more than roundings explain: by what test_torch_experts.py and packed_cases.py say of experts. Finer
+cases are in the tests of each kernel.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,9 @@ from numpy.typing import NDArray
 from moe_offload.cpu_kernels.layout import ActivationKind
 from moe_offload.cpu_kernels.packed_layout import StoredType
 from moe_offload.gpu_kernels import unpack
+from moe_offload.gpu_kernels.decode_attention import KV_TYPES, DecodeAttention, DecodeShape
+from moe_offload.gpu_kernels.decode_attention import SOURCE as ATTENTION_SOURCE
+from moe_offload.gpu_kernels.decode_attention import VARIANTS as ATTENTION
 from moe_offload.gpu_kernels.dequantise import Dequantiser
 from moe_offload.gpu_kernels.fused_experts import FusedExperts, HostSide
 from moe_offload.gpu_kernels.launch import Kernel, Kernels, Macros
@@ -51,14 +55,19 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """Kernels that write down which of them were asked for: (source, name, macros)."""
+    """Kernels that write down which of them were started: (source, name, macros)."""
 
     kernels: Kernels
     names: set[tuple[str, str, Macros]]
 
     def get(self, source: str, name: str, macros: Macros = ()) -> Kernel:
-        self.names.add((source, name, macros))
-        return self.kernels.get(source, name, macros)
+        kernel = self.kernels.get(source, name, macros)
+
+        def started(*args: Any, **kwargs: Any) -> None:
+            self.names.add((source, name, macros))
+            kernel(*args, **kwargs)
+
+        return started
 
 
 def described(experts: PackedExperts) -> tuple[DeviceRecord, DeviceActivation]:
@@ -145,8 +154,75 @@ def dequantised(kernels: Kernels, device: torch.device, *, dtype: str, group: in
     torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=0, equal_nan=True)
 
 
+def attention(kernels: Kernels, device: torch.device, *, macros: Macros, turn: int) -> None:
+    """Two sequences; what is not seen is NaN. A turn decides what else there is, and into how many parts it goes."""
+    of = dict(macros)
+    shape = DecodeShape(
+        2 * of["HEADS"] * of["TILES"], 2, of["D"], of["DV"],
+        next(dtype for dtype, number in KV_TYPES.items() if number == of["KV_TYPE"]),
+        window=40 if turn % 4 == 1 else 0, softcap=2.0 if turn % 4 == 2 else 0.0,
+    )  # fmt: skip
+    assert shape.macros == macros
+    length, rng = 75, np.random.default_rng(turn)
+    query_type = torch.float32 if turn % 2 else torch.float16
+    query = torch.from_numpy(rng.standard_normal((2, shape.q_heads, shape.head_size))).to(query_type)
+    starts = torch.tensor([0, 9], dtype=torch.int32)
+    keys, values = (_kept(rng, (2, 2, length, size), shape.kv_type) for size in (shape.head_size, shape.value_size))
+    scales = [None, None]
+    if shape.kv_type == torch.int8:
+        scales = [torch.from_numpy(rng.random((2, 2, length)) / 60).to(torch.float16) for _ in range(2)]
+    sinks = torch.from_numpy(rng.standard_normal(shape.q_heads).astype(np.float32)) if turn % 3 == 0 else None
+    expected = _attended(shape, query, keys, values, scales, starts, sinks)
+    if shape.kv_type != torch.int8:
+        keys[1, :, :9], values[1, :, :9] = float("nan"), float("nan")
+
+    def there(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return None if tensor is None else tensor.to(device)
+
+    for splits in (1, 3):
+        found = DecodeAttention(kernels, shape, 4)(
+            query.to(device), keys.to(device), values.to(device), key_scales=there(scales[0]),
+            value_scales=there(scales[1]), starts=there(starts), sinks=there(sinks), splits=splits,
+        )  # fmt: skip
+        room = np.full(expected.shape, 2e-5 * np.abs(expected).max()) + STEP[query_type] * np.abs(expected)
+        close(found, expected, room, f"attention in {splits} parts")
+
+
+def _kept(rng: np.random.Generator, size: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Keys or values as the cache has them."""
+    if dtype == torch.int8:
+        return torch.from_numpy(rng.integers(-127, 128, size, np.int8))
+    return torch.from_numpy(rng.standard_normal(size)).to(dtype)
+
+
+def _attended(
+    shape: DecodeShape, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
+    scales: list[torch.Tensor | None], starts: torch.Tensor, sinks: torch.Tensor | None,
+) -> NDArray[np.float64]:  # fmt: skip
+    """In float64, [B, Hq, Dv]."""
+    wide = [
+        each.double() if scale is None else each.double() * scale.double()[..., None]
+        for each, scale in zip((keys, values), scales, strict=True)
+    ]
+    all_keys, all_values = (each.repeat_interleave(shape.group, dim=1) for each in wide)
+    logits = torch.einsum("bhd,bhtd->bht", query.double(), all_keys) * shape.head_size**-0.5
+    if shape.softcap:
+        logits = shape.softcap * torch.tanh(logits / shape.softcap)
+    at = torch.arange(keys.shape[2])
+    seen = (at >= starts[:, None]) & (at >= (keys.shape[2] - shape.window if shape.window else 0))
+    logits = logits.masked_fill(~seen[:, None], float("-inf"))
+    if sinks is not None:
+        logits = torch.cat((logits, sinks.double()[None, :, None].expand(2, -1, 1)), dim=2)
+    weights = torch.softmax(logits, dim=2)[:, :, : keys.shape[2]]
+    result: NDArray[np.float64] = torch.einsum("bht,bhtd->bhd", weights, all_values).numpy()
+    return result
+
+
 def _cases() -> list[Case]:
     cases = []
+    for turn, macros in enumerate(ATTENTION[ATTENTION_SOURCE]):
+        name = "-".join(str(value) for _, value in macros)
+        cases.append(Case(f"attention-{name}", partial(attention, macros=macros, turn=turn)))
     for turn, (dtype, group) in enumerate(FORMATS):
         name, kind = f"{dtype}-{group}", KINDS[turn % len(KINDS)]
         for tokens in (1, 5):

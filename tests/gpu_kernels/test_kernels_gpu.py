@@ -1,4 +1,4 @@
-"""All kernels beside float64: on the CPU through the shim, which keeps the cases right, and on a card, `pytest -m gpu`."""
+"""All kernels beside float64: on the CPU through the shim, which keeps the cases right; on a card by `pytest -m gpu`."""
 
 import pytest
 import torch
