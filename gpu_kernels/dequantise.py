@@ -49,11 +49,19 @@ class Dequantiser:
         if self._kernel is None:
             return unpack.matrix(data, self.dtype, rows, cols, self.group, self.to)
         out = torch.empty((rows, cols), dtype=self.to, device=data.device)
+        self.write(data, out)
+        return out
+
+    def write(self, data: torch.Tensor, out: torch.Tensor) -> None:
+        """The matrix into `out` [rows, cols], contiguous and aligned to 16; not for what is seen in place."""
+        if self._kernel is None:
+            raise ValueError(f"{self.dtype} matrices lie as they are computed with: none is converted")
+        rows, cols = out.shape
         if self._packed:
             shape = unpack.PackedShape(rows, cols, self.dtype, self.group)
             span_bits = (self.group * shape.groups_per_record).bit_length() - 1
             arguments = (data, out, np.int32(rows), np.int32(cols), np.int32(span_bits))
             self._kernel((-(-cols // _INPUTS), shape.blocks), (_THREADS[self.dtype],), arguments)
         else:
-            self._kernel((-(-rows * cols // _PER_BLOCK),), (_PER_BLOCK // 4,), (data, out, np.uint64(rows * cols)))
-        return out
+            count = rows * cols
+            self._kernel((-(-count // _PER_BLOCK),), (_PER_BLOCK // 4,), (data, out, np.uint64(count)))
