@@ -105,6 +105,7 @@ class FusedExperts:
             middle = (group, self._block_bytes(hidden), *middle)
             last = (group, self._block_bytes(inner), *last)
         self._gate_up_sizes, self._down_sizes = (*sizes, *middle), (*sizes, *last)
+        self._last: _Parts | None = None
 
     def _block_bytes(self, cols: int) -> np.uint64:
         return np.uint64(matrix_bytes(self.record.dtype, 32, cols, self.record.group))
@@ -144,11 +145,11 @@ class FusedExperts:
         """Keep hidden [T, H] (dense rows) and the routing, index int64 and weights [T, K], in the workspace `memory`,
         and write them to `host`.
         """
-        work = _Parts(space, memory)
+        work = self._parts(space, memory)
         export = (None, None, None) if host is None else (host.hidden, host.index, host.weights)
-        x = work.at(space.x), np.int32(space.x_stride), np.int32(self._packed)
-        pairs = work.at(space.expert), work.at(space.weight), work.at(space.done)
-        export_layer(self._kernels, hidden, index, weights, self.num_experts, export, (*x, *pairs))
+        activations = work.x, work.x_stride, np.int32(self._packed)
+        pairs = work.expert, work.weight, work.done
+        export_layer(self._kernels, hidden, index, weights, self.num_experts, export, (*activations, *pairs))
 
     def add(
         self,
@@ -193,9 +194,8 @@ class FusedExperts:
         tiled: torch.Tensor | None = None,
     ) -> None:
         """out [T, H] = cpu + tiled + what ran here; cpu and tiled f32 [T, H], of which cpu may lie in host memory."""
-        work = _Parts(space, memory)
-        shares = work.at(space.partial), work.at(space.weight), work.at(space.done)
-        join(self._kernels, out, cpu, tiled, shares, space.top_k)
+        work = self._parts(space, memory)
+        join(self._kernels, out, cpu, tiled, (work.partial, work.weight, work.done), space.top_k)
 
     def _run(
         self,
@@ -206,24 +206,28 @@ class FusedExperts:
         count: int,
         tile: int,
     ) -> None:
-        record, work = self.record, _Parts(space, memory)
+        record, work = self.record, self._parts(space, memory)
         if self._packed:
             source, variant = "packed_experts.cu", ("FORMAT", PACKED_TYPES.index(record.dtype))
         else:
             source, variant = "stored_experts.cu", ("ELEMENT", TYPES[ELEMENT_TYPES[record.dtype]])
         macros = (variant, ("TILE", tile))
-        experts, pairs = work.at(space.expert), np.int32(space.tokens * space.top_k)
-        h, h_stride = work.at(space.h), np.int32(space.h_stride)
-        x, x_stride = work.at(space.x), np.int32(space.x_stride)
         self._kernels.get(source, "gate_up", macros)(
             (_up(record.intermediate_size, 32) // 32, count), (32 * self._warps(record.hidden_size),),
-            (jobs, table, experts, pairs, np.int32(space.top_k), x, x_stride, h, h_stride, work.at(space.done),
+            (jobs, table, work.expert, work.pairs, work.top_k, work.x, work.x_stride, work.h, work.h_stride, work.done,
              *self._gate_up_sizes),
         )  # fmt: skip
         self._kernels.get(source, "down", macros)(
             (_up(record.hidden_size, 32) // 32, count), (32 * self._warps(record.intermediate_size),),
-            (jobs, table, experts, pairs, h, h_stride, work.at(space.partial), *self._down_sizes),
+            (jobs, table, work.expert, work.pairs, work.h, work.h_stride, work.partial, *self._down_sizes),
         )  # fmt: skip
+
+    def _parts(self, space: Workspace, memory: torch.Tensor) -> "_Parts":
+        """Views are kept: making them takes the host longer than starting a kernel."""
+        last = self._last
+        if last is None or last.space is not space or last.memory is not memory:
+            last = self._last = _Parts(space, memory)
+        return last
 
     def _warps(self, cols: int) -> int:
         """Of a block of threads: packed matrices are divided among them by steps of 32 inputs, three at least each."""
@@ -271,12 +275,17 @@ def join(
 
 
 class _Parts:
-    """Views of a workspace."""
+    """A workspace as launches take it."""
+
+    __slots__ = (
+        "space", "memory", "expert", "weight", "done", "x", "h", "partial", "x_stride", "h_stride", "pairs", "top_k",
+    )  # fmt: skip
 
     def __init__(self, space: Workspace, memory: torch.Tensor) -> None:
         if memory.dtype != torch.uint8 or memory.numel() < space.nbytes:
             raise ValueError(f"the workspace needs {space.nbytes} bytes, {memory.numel()} {memory.dtype} were given")
-        self._memory = memory
-
-    def at(self, offset: int) -> torch.Tensor:
-        return self._memory[offset:]
+        self.space, self.memory = space, memory
+        self.expert, self.weight, self.done = memory[space.expert :], memory[space.weight :], memory[space.done :]
+        self.x, self.h, self.partial = memory[space.x :], memory[space.h :], memory[space.partial :]
+        self.x_stride, self.h_stride = np.int32(space.x_stride), np.int32(space.h_stride)
+        self.pairs, self.top_k = np.int32(space.tokens * space.top_k), np.int32(space.top_k)
