@@ -47,9 +47,10 @@ class DeviceModules:
         self.device = device
         self._host = list(_held(model))
         moved: dict[int, torch.Tensor] = {}
-        for held, name, tensor in self._host:
+        for _, _, tensor in self._host:
             if id(tensor) not in moved:
                 moved[id(tensor)] = _on(tensor, device)
+        for held, name, tensor in self._host:  # once there is room for all of them
             held[name] = moved[id(tensor)]
         head = model.get_output_embeddings()
         self._hooks = [model.get_input_embeddings().register_forward_hook(self._to_device)]

@@ -32,7 +32,8 @@ from moe_offload.cpu_kernels.team import Team
 from moe_offload.cpu_layer import CpuLayer, PackedLayer
 from moe_offload.cpu_setup import make_layers, make_packed_layers, make_team
 from moe_offload.decode_layer import DecodeLayer
-from moe_offload.dense import pack_dense
+from moe_offload.dense import DenseLinears, pack_dense
+from moe_offload.device_choice import SETUP_ERRORS, give_up_device
 from moe_offload.device_side import DeviceSide, device_layers
 from moe_offload.device_stats import DeviceStats
 from moe_offload.guarded_forward import GuardedForward
@@ -94,16 +95,12 @@ class Engine:
         self._device = self._make_device(accelerator, progress)
         for index, (path, layer) in enumerate(self._layers.items()):
             attach_handle(model.get_submodule(path), _LayerHandle(self, layer, index))
-        self._dense = None
-        wanted = options.dense_format(pack is not None, self._device is not None)
-        if wanted == "int8" or wanted == "int4":
-            self._dense = pack_dense(model, skeleton, wanted, options, self.multiply, progress)
+        self._dense = self._pack_dense(progress)
+        if self._device is not None and not self._attach_device(self._device):
+            self._dense = self._dense or self._pack_dense(progress)  # on the CPU they are packed
         fused = options.fused_decode and self._device is None
         self._fused = decode_model.attach(self, model, self._layers) if fused else []
         self.lost_devices = 0
-        if self._device is not None:
-            self._device.attach(model, self._team)
-            model.__dict__["forward"] = GuardedForward(model, self)
 
     def _make_device(self, accelerator: Accelerator | None, progress: Progress | None) -> DeviceSide | None:
         if accelerator is None:
@@ -113,10 +110,32 @@ class Engine:
             logger.warning("the model runs on the CPU alone: %s", layers)
             accelerator.close()
             return None
-        return DeviceSide(
-            self._model, self._skeleton, layers, self._pack, self.options, accelerator, self._dtype, self.threads,
-            progress,
-        )  # fmt: skip
+        try:
+            return DeviceSide(
+                self._model, self._skeleton, layers, self._pack, self.options, accelerator, self._dtype, self.threads,
+                progress,
+            )  # fmt: skip
+        except SETUP_ERRORS as error:
+            give_up_device(accelerator, error, self.options)
+            return None
+
+    def _attach_device(self, side: DeviceSide) -> bool:
+        """Put the model on the device. False where it fails and need not be there."""
+        try:
+            side.attach(self._model, self._team)
+        except SETUP_ERRORS as error:
+            self._device = None
+            self._end_device(side)
+            give_up_device(side.accelerator, error, self.options)
+            return False
+        self._model.__dict__["forward"] = GuardedForward(self._model, self)
+        return True
+
+    def _pack_dense(self, progress: Progress | None) -> DenseLinears | None:
+        wanted = self.options.dense_format(self._pack is not None, self._device is not None)
+        if wanted == "int8" or wanted == "int4":
+            return pack_dense(self._model, self._skeleton, wanted, self.options, self.multiply, progress)
+        return None
 
     def start_predictor(self, progress: Progress | None = None) -> None:
         """Give the device's side the predictor that the options ask for, once `model.offload` is this engine.

@@ -17,6 +17,8 @@ from moe_offload.transfer.accelerator import Accelerator, DeviceError
 OLD_CARDS = 'pip install "torch>=2.6,<2.15" --index-url https://download.pytorch.org/whl/cu126'
 NEW_CARDS = "pip install torch --index-url https://download.pytorch.org/whl/cu130"
 
+OLDEST = (6, 0)  # compute capability that our kernels are made for
+
 _REQUEST = re.compile(r"(auto|cpu|cuda)|cuda:([0-9]{1,3})|virtual:(\S+)")
 
 
@@ -122,6 +124,12 @@ def cuda_problem(facts: CudaFacts, index: int) -> str | None:
             "cuda:0 is the only card" if last == 0 else f"cuda:0 to cuda:{last} exist"
         )
     card = facts.cards[index]
+    if card.capability < OLDEST:
+        major, minor = card.capability
+        return (
+            f"{card.name} (cuda:{index}) has compute capability {major}.{minor}, and Pascal (6.0) is the oldest that "
+            "is supported: take device cpu"
+        )
     if not runs_on(facts.architectures, card.capability):
         major, minor = card.capability
         mend = OLD_CARDS if card.capability < (7, 5) else NEW_CARDS
