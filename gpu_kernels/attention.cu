@@ -1,21 +1,24 @@
-// Attention of one new position a sequence over its keys and values ("decode"), grouped-query, split over the positions.
+// Attention of one new position a sequence over its keys and values ("decode"), grouped-query, split over positions.
 //
-//   keys [B, Hkv, T, D], values [B, Hkv, T, DV]: any strides but the last, which is 1; rows begin at multiples of a chunk.
-//   f32, f16, bf16, or int8 with a scale for each row: key_scales and value_scales [B, Hkv, T], f16 or f32, any strides but
-//   the last, which is 1; a number is its integer times the scale. query [B, Hq, D], head h reads keys of head h / group.
+//   query         [B, Hq, D]; head h reads keys of head h / group
+//   keys, values  [B, Hkv, T, D] and [B, Hkv, T, DV], f32, f16, bf16 or int8; any strides but the last, which is 1;
+//                 rows begin at multiples of 16 bytes, those of int8 of 8
+//   key_scales, value_scales  of int8 only: [B, Hkv, T], f16 or f32, any strides but the last, which is 1; one for
+//                 each row: a number is its integer times the scale
 //
 // `attend` is memory-bound: a block reads the keys and values of one head once and uses them for all query heads of it
 // (up to TILES * HEADS; more take further blocks). All arithmetic is f32: it is the fast one before Volta, and bf16 is
-// unknown to cards before Ampere. Blocks take each a share of the positions (a split), and leave for every query head the
-// largest logit, the sum of weights, and the weighted sum of values; `combine` puts the splits together in their order, so
-// the result does not depend on when they run. With one split `attend` writes the result itself.
+// unknown to cards before Ampere. Blocks take each a share of the positions (a split), and leave for every query head
+// the largest logit, the sum of weights, and the weighted sum of values; `combine` puts the splits together in their
+// order, so the result does not depend on when they run. With one split `attend` writes the result itself.
 //
 // In a warp LANES lanes have a row, eight elements each; ROWS rows are read at once, and LOADS such reads are under way
-// together. Every row of lanes keeps a softmax of its own, so that the loop over positions needs no barrier.
+// together. Every row of lanes keeps a softmax of its own, so that the loop over positions needs no barrier. Of a
+// block's warps those of one tile (HEADS query heads) divide the positions; the tiles read the same ones.
 //
-// Positions that are not seen are not read: before `starts` of the sequence, out of the window, or hidden by the mask.
+// Positions that are not seen are not read: before `starts` of the sequence, out of the window, hidden by the mask.
 //
-// Macros: KV_TYPE, D, DV (multiples of 8, up to 256), HEADS (query heads of a warp), TILES (of such in a block: 1, 2, 4).
+// Macros: KV_TYPE; D, DV (multiples of 8, up to 256); HEADS (query heads of a warp); TILES (of a block: 1, 2, 4).
 #include "common.cuh"
 
 #define TYPE_INT8 3
