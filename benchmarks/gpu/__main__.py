@@ -58,7 +58,7 @@ def measure(bench: Bench, only: tuple[str, ...], console: Console) -> dict[str, 
         console.print(result["card"], rates)
     for name, (title, section) in SECTIONS.items():
         if name in only:
-            result[name] = section(bench, rates["copy"])
+            result[name] = _guarded(bench, name, lambda run=section: run(bench, rates["copy"]))  # type: ignore[misc]
             if bench.on_card:
                 show(console, title, result[name])
     if NUMERICS in only:
@@ -68,7 +68,20 @@ def measure(bench: Bench, only: tuple[str, ...], console: Console) -> dict[str, 
         result["compute_sanitizer"] = sanitized()
         if bench.on_card:
             console.print(result["gpu_tests"], result["compute_sanitizer"])
+    result["left_out"] = bench.left_out
     return result
+
+
+def _guarded(bench: Bench, name: str, section: Callable[[], list[Row]]) -> list[Row]:
+    """A section that fails on a card is told, and costs no other its figures; on the CPU it fails the run."""
+    try:
+        return section()
+    except Exception as error:
+        if not bench.on_card:
+            raise
+        bench.left_out.append(f"{name} failed: {type(error).__name__}: {error}")
+        progress(bench.left_out[-1])
+        return []
 
 
 def parsed(only: str) -> tuple[str, ...]:
@@ -110,6 +123,8 @@ def main(
         result["sections"] = list(names)
     path = write_result(json.stem, {"question": "what the GPU kernels reach on a card", **result}, json.parent)
     console.print(f"written to {path}")
+    if any(" failed: " in reason for reason in result["left_out"]):
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ _ROUNDED = 2e-2  # of the largest output: inputs and outputs are of 16 bits
 
 
 class Caches(NamedTuple):
-    """Keys and values [1, Hkv, T, D] of as many sequences as the cache does not hold; scales [1, Hkv, T] of int8."""
+    """Keys and values [1, Hkv, T, D] of as many sequences as go beyond the cache; scales [1, Hkv, T] of int8."""
 
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
@@ -33,7 +33,7 @@ class Caches(NamedTuple):
         generator = torch.Generator(bench.device).manual_seed(0)
         size = (1, KV_HEADS, context, HEAD)
         nbytes = 2 * KV_HEADS * context * HEAD * dtype.itemsize
-        count = bench.copies(nbytes, bench.sizes.calls)
+        count = min(bench.calls(nbytes), bench.copies(nbytes, bench.sizes.calls))
         memory = torch.empty((2, count, *size), dtype=dtype, device=bench.device)
         if dtype == torch.int8:
             memory.random_(-127, 128, generator=generator)
@@ -61,32 +61,35 @@ def attention(bench: Bench, copy_gb_per_s: float) -> list[Row]:
     query = torch.randn(1, Q_HEADS, HEAD, generator=generator, device=bench.device).to(bench.half)
     rows: list[Row] = []
     for context in bench.sizes.contexts:
-        progress(f"attention: {context} positions")
-        contestants: dict[str, list[Call]] = {}
-        sizes: dict[str, int] = {}
-        for dtype in (bench.half, torch.int8):
-            caches = Caches.make(bench, context, dtype)
-            name = f"ours {_short(dtype)}"
-            contestants[name], sizes[name] = _ours(bench, query, caches), caches.nbytes
-            if dtype != torch.int8:
-                for rival in (_gqa, _folded):
-                    name = f"torch{rival.__name__} {_short(dtype)}"
-                    contestants[name] = [
-                        partial(_run, rival, query, *pair) for pair in zip(caches.keys, caches.values, strict=True)
-                    ]
-                    sizes[name] = caches.nbytes
-        contestants = {name: calls[: bench.sizes.calls] for name, calls in contestants.items()}
-        series = bench.times(**contestants)
-        fastest = min(each.seconds for name, each in series.items() if name.startswith("torch"))
-        for name, each in series.items():
-            rate = sizes[name] / each.seconds / 1e9
-            rows.append({
-                "context": context, "kernel": name, "gb_per_s": round(rate, 1),
-                "percent_of_copy": round(100 * rate / copy_gb_per_s, 1),
-                "times_torch": round(fastest / each.seconds, 3), **each.to_dict(),
-            })  # fmt: skip
-        del contestants, caches
-        bench.forget()
+        what = f"attention: {context} positions"
+        progress(what)
+        with bench.within_memory(what):
+            rows += _rows(bench, query, context, copy_gb_per_s)
+    return rows
+
+
+def _rows(bench: Bench, query: torch.Tensor, context: int, copy_gb_per_s: float) -> list[Row]:
+    contestants: dict[str, list[Call]] = {}
+    sizes: dict[str, int] = {}
+    for dtype in (bench.half, torch.int8):
+        caches = Caches.make(bench, context, dtype)
+        short = "int8" if dtype == torch.int8 else "bf16" if dtype == torch.bfloat16 else "f16"
+        contestants[f"ours {short}"], sizes[f"ours {short}"] = _ours(bench, query, caches), caches.nbytes
+        if dtype != torch.int8:
+            for name, rival in (("gqa", _gqa), ("folded", _folded)):
+                pairs = zip(caches.keys, caches.values, strict=True)
+                contestants[f"torch {name} {short}"] = [partial(_run, rival, query, *pair) for pair in pairs]
+                sizes[f"torch {name} {short}"] = caches.nbytes
+    series = bench.times(**contestants)
+    fastest = min(each.seconds for name, each in series.items() if name.startswith("torch"))
+    rows: list[Row] = []
+    for name, each in series.items():
+        rate = sizes[name] / each.seconds / 1e9
+        rows.append({
+            "context": context, "kernel": name, "gb_per_s": round(rate, 1),
+            "percent_of_copy": round(100 * rate / copy_gb_per_s, 1), "times_torch": round(fastest / each.seconds, 3),
+            "times_the_cache": bench.times_the_cache(sizes[name] * len(contestants[name])), **each.to_dict(),
+        })  # fmt: skip
     return rows
 
 
@@ -124,7 +127,3 @@ def _gqa(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch
 
 def _folded(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     return scaled_dot_product_attention(query.view(1, KV_HEADS, -1, HEAD), keys, values).view(query.shape)
-
-
-def _short(dtype: torch.dtype) -> str:
-    return {torch.bfloat16: "bf16", torch.float16: "f16"}.get(dtype, "int8")

@@ -1,17 +1,20 @@
 """Where it is measured: a card; or the CPU through the tests' host shim, with tiny shapes, to try the code."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Self
 
 import torch
 
 from benchmarks.gpu.timer import Call, CudaTimer, Series, Timer, WallTimer, take_turns
+from benchmarks.reporting import progress
 from moe_offload.cpu_kernels.layout import Activation
 from moe_offload.cpu_kernels.packed_layout import ExpertRecord, StoredType
 from moe_offload.gpu_kernels.launch import Kernels
 
 _BEYOND_CACHE = 5  # times the L2 cache: what calls rotate through
+_MOST_CALLS = 128  # in a sample: the driver queues a thousand launches, then the host waits
 _SHARE_OF_FREE = 0.5  # of the card's free memory, at most
 
 
@@ -74,6 +77,7 @@ class Bench:
     capability: tuple[int, int]
     processors: int
     cache_bytes: int
+    left_out: list[str] = field(default_factory=list)  # what could not be measured here, and why
 
     @classmethod
     def of_card(cls, index: int = 0) -> Self:
@@ -94,7 +98,7 @@ class Bench:
         """Kernels built with g++, run on the CPU."""
         from tests.gpu_kernels.host_kernels import HostKernels
 
-        return cls(torch.device("cpu"), HostKernels(), WallTimer(), SMOKE, (6, 1), 2, 0)
+        return cls(torch.device("cpu"), HostKernels(), WallTimer(), SMOKE, (8, 0), 2, 0)
 
     @property
     def on_card(self) -> bool:
@@ -115,11 +119,26 @@ class Bench:
             raise MemoryError(f"{nbytes} bytes do not fit into half of the card's free memory")
         return min(wanted, room)
 
+    def calls(self, nbytes: int) -> int:
+        """How many calls that read `nbytes` each a sample needs, to go beyond the cache."""
+        return max(self.sizes.calls, min(_MOST_CALLS, -(-_BEYOND_CACHE * self.cache_bytes // nbytes)))
+
+    def times_the_cache(self, nbytes: int) -> float:
+        """How often `nbytes` fill the L2 cache."""
+        return round(nbytes / self.cache_bytes, 1) if self.cache_bytes else 0.0
+
+    @contextmanager
+    def within_memory(self, what: str) -> Iterator[None]:
+        """What does not fit the card's memory is left out, and said."""
+        try:
+            yield
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            self.left_out.append(f"{what}: {str(error).partition(chr(10))[0]}")
+            progress(self.left_out[-1])
+        finally:
+            if self.on_card:
+                torch.cuda.empty_cache()  # `copies` asks how much is free
+
     def times(self, **contestants: Sequence[Call]) -> dict[str, Series]:
         """Interleaved samples of each contestant."""
         return take_turns(self.timer, contestants, self.sizes.rounds)
-
-    def forget(self) -> None:
-        """Give memory of tensors that are gone back to the card, so that `copies` sees it."""
-        if self.on_card:
-            torch.cuda.empty_cache()

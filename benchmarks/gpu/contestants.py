@@ -28,9 +28,18 @@ class FusedLayer:
         slots = [self._experts.slots[e] for e in routed.experts]
         return partial(self._run, routed, slots, out)
 
+    def add_alone(self, routed: Routed) -> Call:
+        """What reads weights, without what comes before and behind: these tokens stay in the workspace."""
+        slots = [self._experts.slots[e] for e in routed.experts]
+        self._begin(routed)
+        return partial(self._fused.add, self._space, self._memory, routed.experts, slots, most_rows=routed.most_rows)
+
+    def _begin(self, routed: Routed) -> None:
+        self._fused.begin(self._space, self._memory, routed.hidden, routed.index, routed.weights)
+
     def _run(self, routed: Routed, slots: list[torch.Tensor], out: torch.Tensor) -> None:
         fused, space, memory = self._fused, self._space, self._memory
-        fused.begin(space, memory, routed.hidden, routed.index, routed.weights)
+        self._begin(routed)
         if self._by_table:
             fused.add_by_table(space, memory, self._table)
         else:
@@ -53,12 +62,12 @@ class TiledExpert:
 
 
 class Products:
-    """The matrix products of one expert by cuBLAS on stored weights of its type, and nothing else: no activation."""
+    """The matrix products of one expert by cuBLAS on weights of that type, and nothing else: no activation."""
 
-    def __init__(self, bench: Bench, shape: Shape, copies: int) -> None:
+    def __init__(self, bench: Bench, shape: Shape, compute: torch.dtype, copies: int) -> None:
         generator = torch.Generator(bench.device).manual_seed(0)
         size = (copies, 3 * shape.hidden * shape.inner)
-        memory = torch.empty(size, dtype=bench.half, device=bench.device)
+        memory = torch.empty(size, dtype=compute, device=bench.device)
         memory.normal_(std=0.02, generator=generator)
         both = 2 * shape.inner * shape.hidden
         self._up = [each[:both].view(2 * shape.inner, shape.hidden) for each in memory]

@@ -10,6 +10,7 @@ are told apart by `host_bound`, and their figure is the time that they really ta
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Protocol
 
@@ -78,10 +79,15 @@ class CudaTimer:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             call()
-        return graph.replay
+        return partial(_replay, graph, call)
 
     def finish(self) -> None:
         torch.cuda.synchronize(self._device)
+
+
+def _replay(graph: torch.cuda.CUDAGraph, call: Call) -> None:
+    """`call` is here for the tensors that the graph works on: they live as long as it."""
+    graph.replay()
 
 
 class WallTimer:
