@@ -38,7 +38,7 @@ class NumericPaths:
     @property
     def quantised(self) -> str:
         """How int4 and int8 experts run."""
-        return "byte dot products (dp4a)" if self.byte_dot else "f32 arithmetic, for it has no dp4a"
+        return "byte dot products (dp4a)" if self.byte_dot else "byte products one by one (no dp4a)"
 
     @property
     def sixteen_bits(self) -> str:
@@ -50,7 +50,7 @@ class NumericPaths:
     @property
     def bf16_checkpoints(self) -> str:
         """What becomes of weights stored in bf16."""
-        return "as stored" if self.bf16 else "converted, for it has no bf16"
+        return "as stored" if self.bf16 else "experts as stored, the rest in f16, or f32 where f16 ends too early"
 
 
 def numeric_paths(capability: Capability, name: str = "") -> NumericPaths:

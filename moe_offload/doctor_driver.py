@@ -17,6 +17,7 @@ from moe_offload.doctor_findings import (
 )
 
 _ALL_GPUS = "start the container with --gpus all; the host needs NVIDIA's driver and its container toolkit"
+_AGAIN = "; then run moe-offload doctor again"
 
 
 def no_card(facts: MachineFacts) -> Finding:
@@ -29,7 +30,7 @@ def no_card(facts: MachineFacts) -> Finding:
         return Finding(
             "note",
             text,
-            instruction="if there is one, install NVIDIA's driver in Windows, then run wsl --shutdown there",
+            instruction="if there is one, install NVIDIA's driver in Windows, then run wsl --shutdown there" + _AGAIN,
         )
     if facts.container and (driver.version is not None or driver.on_bus):
         return Finding("problem", "there is an NVIDIA card, but this container does not see it", instruction=_ALL_GPUS)
@@ -45,12 +46,14 @@ def no_card(facts: MachineFacts) -> Finding:
         text = f"driver {dotted(driver.version)} is loaded, but has no card"
         return Finding("problem", text, command="sudo dmesg | grep -iE 'nvrm|xid'")
     if facts.container:
-        return Finding("note", "no NVIDIA card is seen in this container", instruction=f"if there is one, {_ALL_GPUS}")
+        return Finding(
+            "note", "no NVIDIA card is seen in this container", instruction=f"if there is one, {_ALL_GPUS}{_AGAIN}"
+        )
     return Finding(
         "note",
         "no NVIDIA card was found",
         instruction="if there is one, lspci -d 10de: must list it; if it does not, look at its seat, its power and the "
-        "firmware's settings, or at what this virtual machine was given",
+        f"firmware's settings, or at what this virtual machine was given{_AGAIN}",
     )
 
 
