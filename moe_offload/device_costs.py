@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from moe_offload.cpu_kernels.grouping import Groups
-from moe_offload.layer_tensors import LAUNCHES_PER_EXPERT, LayerParts
+from moe_offload.device_experts import FEW_TOKENS, DeviceExperts
+from moe_offload.layer_tensors import LayerParts
 from moe_offload.machine import cpu_name
 from moe_offload.options import Progress
 from moe_offload.scheduling.calibration import calibrate
@@ -26,6 +27,7 @@ from moe_offload.transfer.server_profile import ServerProfile
 from moe_offload.transfer.virtual import VirtualAccelerator
 
 _DEVICE_EXPERTS = 4  # that lie on the device while it is measured
+_MOST_JOBS = 8  # experts that are measured together
 
 
 class Kind(NamedTuple):
@@ -77,7 +79,7 @@ class _GhostBench:
         self._accelerator.run_host(_nothing, self._work(kind, rows, 0))
 
     def run_gpu(self, kind: str, rows: list[int]) -> None:
-        work = self._work(kind, rows, LAUNCHES_PER_EXPERT * len(rows))
+        work = self._work(kind, rows, DeviceExperts.launches(len(rows), max(rows), len(rows)))
         self._accelerator.launch(self._accelerator.compute, _nothing, (), (), work, "experts")
 
     def _work(self, kind: str, rows: list[int], launches: int) -> Work:
@@ -104,6 +106,8 @@ class _ModelBench:
                 accelerator.copy_in(slot, record, stream)
                 store.release(layer, expert, stream.record())
         stream.synchronize()
+        size = max(part.device.workspace_bytes(FEW_TOKENS, _MOST_JOBS) for part in self._parts.values())
+        self._work = accelerator.allocate(size, "workspace to measure with") if size else None
 
     def kinds(self) -> list[tuple[str, int]]:
         return [(kind, parts.record_bytes) for kind, parts in self._parts.items()]
@@ -118,19 +122,32 @@ class _ModelBench:
         self._accelerator.run_host(lambda: _ignore(parts.cpu(nn.Module(), groups, hidden, out)), work)
 
     def run_gpu(self, kind: str, rows: list[int]) -> None:
-        parts, slots = self._parts[kind], self._slots[kind]
+        parts, slots, device = self._parts[kind], self._slots[kind], self._accelerator.torch_device
         chosen = [slots[next(self._next) % len(slots)] for _ in rows]
+        tokens, top_k = max(rows), len(rows)
+        few = parts.device.few(tokens, top_k)
+        writes = () if few is None or self._work is None else (self._work,)
+        choices = torch.full((tokens, top_k), -1)  # the first tokens of each column: as many rows for that expert
+        for expert, count in enumerate(rows):
+            choices[:count, expert] = expert
+        index = choices.to(device)
 
-        def run(*records: torch.Tensor) -> None:
-            hidden = torch.ones(max(rows), parts.device.record.hidden_size, device=records[0].device)
-            out = torch.zeros_like(hidden)
-            weights = torch.ones(max(rows), device=hidden.device)
-            tokens = torch.arange(max(rows), device=hidden.device)
-            for record, count in zip(records, rows, strict=True):
-                parts.device.add_rows(out, hidden, tokens[:count], weights[:count], record)
+        def run(*buffers: torch.Tensor) -> None:
+            hidden = torch.ones(tokens, parts.device.record.hidden_size, device=device)
+            weights = torch.ones(tokens, top_k, device=device)
+            if few is not None:
+                *records, memory = buffers
+                space = parts.device.space(tokens, top_k)
+                few.begin(space, memory, hidden, index, weights)
+                few.add(space, memory, range(top_k), records, most_rows=tokens)
+                return
+            out, all_tokens = torch.zeros_like(hidden), torch.arange(tokens, device=device)
+            for record, count in zip(buffers, rows, strict=True):
+                parts.device.many.add_rows(out, hidden, all_tokens[:count], weights[:count, 0].contiguous(), record)
 
-        work = Work(parts.record_bytes, parts.flops_per_row, rows, launches=LAUNCHES_PER_EXPERT * len(rows))
-        self._accelerator.launch(self._accelerator.compute, run, chosen, (), work, "experts")
+        launches = parts.device.launches(top_k, tokens, top_k)
+        work = Work(parts.record_bytes, parts.flops_per_row, rows, launches=launches)
+        self._accelerator.launch(self._accelerator.compute, run, chosen, writes, work, "experts")
 
     def _groups(self, rows: list[int], num_experts: int) -> Groups:
         experts = sorted({next(self._next) % num_experts for _ in rows})
@@ -146,6 +163,8 @@ class _ModelBench:
         self._accelerator.compute.synchronize()
         for slot in itertools.chain(*self._slots.values()):
             self._accelerator.free(slot)
+        if self._work is not None:
+            self._accelerator.free(self._work)
 
 
 def _nothing() -> None:

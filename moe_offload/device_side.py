@@ -26,12 +26,14 @@ from moe_offload.cpu_kernels.packed_layout import ExpertRecord
 from moe_offload.cpu_kernels.team import Team
 from moe_offload.cpu_layer import CpuLayer, PackedLayer
 from moe_offload.device_costs import measure_costs
+from moe_offload.device_experts import DeviceExperts
 from moe_offload.device_kv import AttentionWork, SlotBook
 from moe_offload.device_modules import DeviceModules, device_bytes
 from moe_offload.device_stats import DeviceStats, device_stats
 from moe_offload.dispatch_parts import Parts
 from moe_offload.dispatcher import Dispatcher
-from moe_offload.gpu_kernels.torch_experts import DeviceActivation, DeviceRecord, TorchExperts
+from moe_offload.expert_kernels import expert_kernels
+from moe_offload.gpu_kernels.torch_experts import DeviceActivation, DeviceRecord
 from moe_offload.kv_placement import KvPlacement
 from moe_offload.layer_tensors import LayerParts, LayerTensors
 from moe_offload.learned_forecast import LearnedForecast, step_of
@@ -135,17 +137,27 @@ class DeviceSide:
         except ValueError as error:
             raise NotEnoughMemoryError(f"ram (--ram) is too little: {error}") from error
         compute = torch.float32 if accelerator.simulated else dtype
-        self._parts = [
-            LayerParts(
-                layer.cpu, TorchExperts(device_record(layer.record), device_activation(layer.activation), compute),
-                layer.record.nbytes, 2 * spec.layers[at].params_per_expert, layer.cpu.num_experts,
+        self.kernels = expert_kernels(accelerator)
+        made: dict[tuple[ExpertRecord, Activation, int], DeviceExperts] = {}
+        self._parts = []
+        for at, layer in enumerate(layers):
+            key = layer.record, layer.activation, layer.cpu.num_experts
+            if key not in made:
+                record, activation = device_record(layer.record), device_activation(layer.activation)
+                made[key] = DeviceExperts(record, activation, compute, self.kernels, layer.cpu.num_experts)
+            part = LayerParts(
+                layer.cpu, made[key], layer.record.nbytes, 2 * spec.layers[at].params_per_expert, layer.cpu.num_experts
             )
-            for at, layer in enumerate(layers)
-        ]  # fmt: skip
+            self._parts.append(part)
         try:
             accelerator.reserve(self._dense_bytes, "non-expert weights")
             self._tensors = LayerTensors(
-                accelerator, lambda slot: self.slots.buffer(slot), self._scratch_bytes, hidden, top_k
+                accelerator,
+                lambda slot: self.slots.buffer(slot),
+                self._scratch_bytes,
+                self._workspace_bytes,
+                hidden,
+                top_k,
             )
             self.costs = measure_costs(accelerator, self._parts, kinds, self.store, threads, progress)
             self.slots = self._make_slots(max(record_bytes), len(layers) * layers[0].cpu.num_experts)
@@ -182,7 +194,10 @@ class DeviceSide:
         """What torch takes on a real device for an expert of so many rows; a virtual one computes in host memory."""
         if self.accelerator.simulated:
             return 0
-        return max(part.device.scratch_bytes(rows) for part in self._parts)
+        return max(part.device.many.scratch_bytes(rows) for part in self._parts)
+
+    def _workspace_bytes(self, tokens: int, top_k: int) -> int:
+        return max(part.device.workspace_bytes(tokens, top_k) for part in self._parts)
 
     def _make_slots(self, record_bytes: int, experts: int) -> DeviceSlots:
         room = self.accelerator.budget - self.accelerator.used

@@ -5,6 +5,9 @@
     on_cpu      the CPU kernels add theirs to an output in host memory
     join        a launch that adds both
 
+Where there are kernels of ours (`device_experts.py`), export and join are one of them each, and few tokens keep their
+activations and routing in a workspace on the device.
+
 All four small tensors lie in one host arena for life, and are rewritten layer after layer. That is in order because the
 host waits for the compute stream once a layer, in `export`: by then every launch of the layer before has read them.
 """
@@ -19,18 +22,19 @@ from torch import nn
 
 from moe_offload.cpu_kernels.grouping import Groups, group_tokens
 from moe_offload.cpu_layer import CpuLayer, PackedLayer
-from moe_offload.gpu_kernels.torch_experts import TorchExperts
+from moe_offload.device_experts import DeviceExperts
+from moe_offload.gpu_kernels.fused_experts import FusedExperts, HostSide, export_layer, join
 from moe_offload.transfer.accelerator import Accelerator, Buffer, HostArena, Work, as_tensor
 
 LEAST_TOKENS = 64
-LAUNCHES_PER_EXPERT = 7  # torch's operations of one expert
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # that kernels read
 
 
 class LayerParts(NamedTuple):
     """What one layer's experts are computed with."""
 
     cpu: CpuLayer | PackedLayer
-    device: TorchExperts
+    device: DeviceExperts
     record_bytes: int
     flops_per_row: int
     num_experts: int
@@ -48,13 +52,15 @@ class _Staging(NamedTuple):
     row_weights: Buffer  # f32 [R]
     cpu_out: Buffer  # f32 [T, H]
     out: Buffer  # f32 [T, H] on the device
+    work: Buffer | None  # the fused kernels' workspace, on the device
 
 
 class LayerTensors:
     """Implements `dispatcher.LayerWork` for one layer after the other: `begin`, then the dispatcher, then `result`.
 
-    slot: the bytes of a slot. scratch: device memory that torch takes for experts with so many rows. Takes its memory
-    for a few tokens at once, more when more come.
+    slot: the bytes of a slot. scratch: device memory that torch takes for experts with so many rows. workspace: that
+    the fused kernels want for so many tokens with so many choices. Takes its memory for a few tokens at once, more when
+    more come.
     """
 
     def __init__(
@@ -62,10 +68,11 @@ class LayerTensors:
         accelerator: Accelerator,
         slot: Callable[[int], Buffer],
         scratch: Callable[[int], int],
+        workspace: Callable[[int, int], int],
         hidden_size: int,
         top_k: int,
     ) -> None:
-        self._accelerator, self._slot, self._scratch = accelerator, slot, scratch
+        self._accelerator, self._slot, self._scratch, self._workspace = accelerator, slot, scratch, workspace
         self._reserved = 0
         self._hidden_size, self._top_k = hidden_size, top_k
         self._staging: _Staging | None = None
@@ -93,15 +100,35 @@ class LayerTensors:
         accelerator = self._accelerator
         hidden_states, top_k_weights = hidden_states.detach(), top_k_weights.detach()
 
-        def export(hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> None:
-            _write(as_tensor(hidden, torch.float32, *hidden_states.shape), hidden_states)
-            _write(as_tensor(index, torch.int64, tokens, top_k), top_k_index)
-            _write(as_tensor(weights, torch.float32, tokens, top_k), top_k_weights)
+        self._few = few = parts.device.few(tokens, top_k)
+        kernels, space = parts.device.kernels, None
+        work_room: tuple[Buffer, ...] = ()
+        if few is not None:
+            assert room.work is not None
+            space, work_room = parts.device.space(tokens, top_k), (room.work,)
+        if kernels is not None:
+            hidden_states, top_k_index, top_k_weights = _for_kernels(hidden_states, top_k_index, top_k_weights)
+
+        def export(hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, *work: torch.Tensor) -> None:
+            host = HostSide(
+                as_tensor(hidden, torch.float32, *hidden_states.shape),
+                as_tensor(index, torch.int64, tokens, top_k),
+                as_tensor(weights, torch.float32, tokens, top_k),
+            )
+            if space is not None and few is not None:
+                few.begin(space, work[0], hidden_states, top_k_index, top_k_weights, host)
+            elif kernels is not None:
+                to = host.hidden, host.index, host.weights
+                export_layer(kernels, hidden_states, top_k_index, top_k_weights, parts.num_experts, to)
+            else:
+                _write(host.hidden, hidden_states)
+                _write(host.index, top_k_index)
+                _write(host.weights, top_k_weights)
 
         sent = hidden_states.numel() * 4 + 12 * tokens * top_k
         accelerator.launch(
-            accelerator.compute, export, (), (room.hidden, room.choices, room.weights),
-            Work(link_bytes=sent, rows=(), launches=3), "export",
+            accelerator.compute, export, (), (room.hidden, room.choices, room.weights, *work_room),
+            Work(link_bytes=sent, rows=(), launches=1), "export",
         )  # fmt: skip
         accelerator.compute.synchronize()
         self._parts, self._module, self._hidden_states = parts, module, hidden_states
@@ -131,7 +158,14 @@ class LayerTensors:
         room, groups, parts, x = self._staging, self._groups, self._parts, self._hidden_states
         assert room is not None
         ranges = [(int(groups.offsets[p]), int(groups.offsets[p + 1])) for p in positions]
+        counts = [stop - start for start, stop in ranges]
+        tokens, top_k = self._shape
+        launches = parts.device.launches(len(counts), tokens, top_k)
+        slots_read = [self._slot(slot).part(0, parts.record_bytes) for slot in slots]
         first, self._started = not self._started, True
+        if self._few is not None:
+            self._add_few(self._few, groups.experts[positions].tolist(), slots_read, counts, launches)
+            return
         rows = len(groups.tokens)
 
         def add(tokens: torch.Tensor, weights: torch.Tensor, *more: torch.Tensor) -> None:
@@ -141,13 +175,25 @@ class LayerTensors:
                 y.zero_()
             all_tokens, all_weights = as_tensor(tokens, torch.int64, rows), as_tensor(weights, torch.float32, rows)
             for (start, stop), record in zip(ranges, records, strict=True):
-                parts.device.add_rows(y, x, all_tokens[start:stop], all_weights[start:stop], record)
+                parts.device.many.add_rows(y, x, all_tokens[start:stop], all_weights[start:stop], record)
 
-        reads = [room.row_tokens.part(0, 8 * rows), room.row_weights.part(0, 4 * rows)]
-        reads += [self._slot(slot).part(0, parts.record_bytes) for slot in slots]
-        counts = [stop - start for start, stop in ranges]
-        work = Work(parts.record_bytes, parts.flops_per_row, counts, launches=LAUNCHES_PER_EXPERT * len(counts) + first)
+        reads = [room.row_tokens.part(0, 8 * rows), room.row_weights.part(0, 4 * rows), *slots_read]
+        work = Work(parts.record_bytes, parts.flops_per_row, counts, launches=launches)
         self._accelerator.launch(self._accelerator.compute, add, reads, (room.out,), work, "experts")
+
+    def _add_few(
+        self, few: FusedExperts, experts: list[int], slots: list[Buffer], counts: list[int], launches: int
+    ) -> None:
+        room, parts = self._staging, self._parts
+        assert room is not None and room.work is not None
+        space = parts.device.space(*self._shape)
+
+        def add(*buffers: torch.Tensor) -> None:
+            *records, memory = buffers
+            few.add(space, memory, experts, records, most_rows=max(counts))
+
+        work = Work(parts.record_bytes, parts.flops_per_row, counts, launches=launches)
+        self._accelerator.launch(self._accelerator.compute, add, slots, (room.work,), work, "experts")
 
     def on_cpu(self, positions: NDArray[np.int64]) -> None:
         """As of `LayerWork`."""
@@ -169,18 +215,30 @@ class LayerTensors:
         """As of `LayerWork`."""
         room, hidden_states = self._staging, self._hidden_states
         assert room is not None
-        self.result = result = torch.empty_like(hidden_states)
+        self.result = result = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
         share = room.cpu_out.part(0, 4 * result.numel())  # what lies behind may never have been written
-        reads = [buffer for buffer, used in ((room.out, self._started), (share, cpu)) if used]
+        kernels, few, started = self._parts.device.kernels, self._few, self._started
+        of_device = room.work if few is not None else room.out
+        assert of_device is not None
+        reads = [buffer for buffer, used in ((of_device, started), (share, cpu)) if used]
 
         def add(*outs: torch.Tensor) -> None:
-            shares = [as_tensor(out, torch.float32, *result.shape) for out in outs]
-            if not shares:
+            shares = list(outs)
+            of_cpu = as_tensor(shares.pop(), torch.float32, *result.shape) if cpu else None
+            if few is not None and started:
+                few.join(self._parts.device.space(*self._shape), shares[0], result, of_cpu)
+                return
+            tiled = as_tensor(shares[0], torch.float32, *result.shape) if started else None
+            if kernels is not None:
+                join(kernels, result, of_cpu, tiled)
+            elif of_cpu is None and tiled is None:
                 result.zero_()
+            elif of_cpu is None or tiled is None:
+                result.copy_(of_cpu if tiled is None else tiled)
             else:
-                result.copy_(shares[0] if len(shares) == 1 else shares[0] + shares[1])
+                result.copy_(tiled + of_cpu)
 
-        work = Work(link_bytes=4 * result.numel() if cpu else 0, rows=(), launches=max(1, len(reads)))
+        work = Work(link_bytes=4 * result.numel() if cpu else 0, rows=(), launches=1)
         self._accelerator.launch(self._accelerator.compute, add, reads, (), work, "join")
 
     def _room(self, tokens: int, top_k: int) -> _Staging:
@@ -193,18 +251,22 @@ class LayerTensors:
         scratch = self._scratch(size)
         self._accelerator.reserve(scratch, "scratch memory of the experts")
         self._reserved = scratch
-        out = self._accelerator.allocate(state, "output of the experts")
+        out, work = self._accelerator.allocate(state, "output of the experts"), None
         sizes = {
             "hidden states": state, "routing": 8 * choices, "routing weights": 4 * choices,
             "row tokens": 8 * choices, "row weights": 4 * choices, "output of the CPU's experts": state,
         }  # fmt: skip
         try:
+            if workspace := self._workspace(size, self._top_k):
+                work = self._accelerator.allocate(workspace, "workspace of the experts")
             arena = self._accelerator.host_arena(sum(nbytes + 4096 for nbytes in sizes.values()))
         except MemoryError:
-            self._accelerator.free(out)
+            for buffer in (out, work):
+                if buffer is not None:
+                    self._accelerator.free(buffer)
             raise
         buffers = [arena.take(nbytes, name) for name, nbytes in sizes.items()]
-        self._staging = staging = _Staging._make((size, arena, *buffers, out))
+        self._staging = staging = _Staging._make((size, arena, *buffers, out, work))
         return staging
 
     def forget(self) -> None:
@@ -216,6 +278,8 @@ class LayerTensors:
         if self._staging is not None:
             self._accelerator.compute.synchronize()
             self._accelerator.free(self._staging.out)
+            if self._staging.work is not None:
+                self._accelerator.free(self._staging.work)
             self._staging.arena.close()
             self._staging = None
         self._accelerator.reserve(-self._reserved, "scratch memory of the experts")
@@ -233,3 +297,14 @@ def _host(buffer: Buffer, dtype: Any, *shape: int, write: bool = False) -> NDArr
 def _write(target: torch.Tensor, value: torch.Tensor) -> None:
     """By a kernel: between equal types `copy_` would be a copy, behind those of whole experts."""
     torch.add(value.to(target.dtype), 0, out=target)
+
+
+def _for_kernels(
+    hidden_states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As they nearly always are already: dense rows, int64 choices, types that kernels know."""
+    if hidden_states.stride(1) != 1:
+        hidden_states = hidden_states.contiguous()
+    if weights.dtype not in _FLOATS:
+        weights = weights.to(torch.float32)
+    return hidden_states, index.to(torch.int64).contiguous(), weights.contiguous()

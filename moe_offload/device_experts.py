@@ -1,0 +1,70 @@
+"""How experts are computed on the device: which of the ways fits a token batch.
+
+    few tokens    the fused kernels, for all experts of a launch at once (gpu_kernels/fused_experts.py)
+    many tokens   one expert after the other, dequantised tiles through cuBLAS (gpu_kernels/tiled_experts.py)
+    no kernels    one after the other, by torch's operations (gpu_kernels/torch_experts.py)
+
+A virtual device computes by torch's operations and counts the launches of the kernels that a real one would start.
+"""
+
+import torch
+
+from moe_offload.gpu_kernels.fused_experts import MAX_JOBS, FusedExperts, Workspace, fits
+from moe_offload.gpu_kernels.launch import Kernels
+from moe_offload.gpu_kernels.tiled_experts import TiledExperts
+from moe_offload.gpu_kernels.torch_experts import DeviceActivation, DeviceRecord, TorchExperts
+
+# More than so many tokens are worth a matrix product. Chosen, not measured: benchmarks.gpu prints where the two cross.
+FEW_TOKENS = 64
+TILED_LAUNCHES = 7  # of an expert whose matrices fit one tile
+FUSED_LAUNCHES = 2  # of up to MAX_JOBS experts
+
+
+class DeviceExperts:
+    """Experts of one layout, E of a layer. `compute`: the type of products with many tokens."""
+
+    def __init__(
+        self,
+        record: DeviceRecord,
+        activation: DeviceActivation,
+        compute: torch.dtype,
+        kernels: Kernels | None,
+        num_experts: int,
+    ) -> None:
+        self.record, self.kernels = record, kernels
+        self.fused: FusedExperts | None = None
+        self.many: TorchExperts | TiledExperts
+        if kernels is None:
+            self.many = TorchExperts(record, activation, compute)
+        else:
+            self.fused = FusedExperts(record, activation, kernels, num_experts)
+            self.many = TiledExperts(record, activation, compute, kernels)
+        self._spaces: dict[tuple[int, int], Workspace] = {}
+
+    def few(self, tokens: int, top_k: int) -> FusedExperts | None:
+        """What runs T tokens with K choices each, if they are few and there are kernels."""
+        return self.fused if tokens <= FEW_TOKENS and fits(tokens, top_k) else None
+
+    def space(self, tokens: int, top_k: int) -> Workspace:
+        """The fused kernels' workspace for T tokens with K choices each; the same object for the same numbers."""
+        assert self.fused is not None
+        found = self._spaces.get((tokens, top_k))
+        if found is None:
+            found = self._spaces[tokens, top_k] = self.fused.workspace(tokens, top_k)
+        return found
+
+    def workspace_bytes(self, tokens: int, top_k: int) -> int:
+        """Device memory that up to so many tokens take in workspaces; 0 where there are no kernels."""
+        if self.fused is None:
+            return 0
+        most = min(tokens, FEW_TOKENS)
+        while not fits(most, top_k):
+            most -= 1
+        return self.space(most, top_k).nbytes
+
+    @staticmethod
+    def launches(experts: int, tokens: int, top_k: int) -> int:
+        """Kernels that so many experts of a launch take."""
+        if tokens <= FEW_TOKENS and fits(tokens, top_k):
+            return FUSED_LAUNCHES * -(-experts // MAX_JOBS)
+        return TILED_LAUNCHES * experts
