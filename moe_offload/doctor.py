@@ -70,7 +70,7 @@ def _cupy(facts: MachineFacts) -> list[Finding]:
     needs = cupy_needs(facts)
     problem = find_cupy_problem(needs)
     if problem is not None:
-        text = f"{problem.text}; until it is mended torch's operations compute experts on the card, which is slower"
+        text = f"{problem.text}; until then torch's operations compute experts on the card instead of our kernels"
         return [Finding("advice", text, command=problem.command)]
     command = remove_second_compiler(needs)
     if command is None:

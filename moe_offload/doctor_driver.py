@@ -25,6 +25,9 @@ def no_card(facts: MachineFacts) -> Finding:
     driver = facts.driver
     if driver.nvml_error is not None and "mismatch" in driver.nvml_error.lower():
         return _restart(facts)
+    if facts.wsl and facts.cuda.cuda is None and not driver.nvml:
+        text = "nothing that is installed here could see an NVIDIA card from WSL"
+        return Finding("note", text, command="pip install nvidia-ml-py")
     if facts.wsl:
         text = "no NVIDIA card is seen from WSL"
         return Finding(

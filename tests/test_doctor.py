@@ -148,6 +148,8 @@ def test_commands(facts: MachineFacts, usable: tuple[int, ...], problems: list[s
         (machine(driver=None), "note", "no NVIDIA card was found", "lspci -d 10de:"),
         (machine(driver=None, container=True), "note", "in this container", "--gpus all"),
         (machine(driver=None, wsl=True), "note", "from WSL", "in Windows"),
+        (with_driver(machine(driver=None, wsl=True, torch=("2.13.0+cpu", None, ())), nvml=False), "note",
+         "could see an NVIDIA card from WSL", "pip install nvidia-ml-py"),
         (machine(driver=(580, 65, 6), container=True), "problem", "does not see it", "--gpus all"),
         (with_driver(machine(driver=None), on_bus=("0000:65:00.0",)), "problem", "0000:65:00.0), but NVIDIA's driver",
          "nvidia-driver-580"),
