@@ -1,0 +1,132 @@
+"""Models whose experts run by our CUDA kernels, through the public path: the device is virtual, the kernels' sources
+run on the CPU behind the shim, the rest is what a card would do.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from moe_offload.device_experts import FEW_TOKENS
+from tests import tiny_models
+from tests.conftest import Checkpoints
+from tests.device_cases import expected, generate, on_cpu, on_device, padded, side_of
+from tests.gpu_kernels.host_kernels import HostKernels, needs_compiler
+from tests.models.test_prequantised import mxfp4_checkpoint
+
+pytestmark = needs_compiler
+
+
+class Counted(HostKernels):
+    """Counts launches by kernel."""
+
+    launches: dict[str, int]
+
+    def get(self, source: str, name: str, macros: tuple[tuple[str, int], ...] = ()) -> Any:
+        kernel = super().get(source, name, macros)
+        counts = self.__dict__.setdefault("launches", {})
+
+        def launch(*args: Any, **kwargs: Any) -> None:
+            counts[name] = counts.get(name, 0) + 1
+            kernel(*args, **kwargs)
+
+        return launch
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counted]:
+    found = Counted()
+    monkeypatch.setattr("moe_offload.device_side.expert_kernels", lambda accelerator: found)
+    yield found
+
+
+def same(model: PreTrainedModel, folder: Path, ids: torch.Tensor, **ways: Any) -> None:
+    assert generate(model, ids, **ways) == expected(folder, ids, **ways)
+
+
+# dense layers first, biases, sinks, no gate, shared experts, weights applied before the expert
+@pytest.mark.parametrize(
+    "family", ["qwen3_moe", "mixtral", "deepseek_v2", "gpt_oss", "jamba", "llama4_text", "nemotron_h"]
+)
+def test_tokens_are_those_of_the_cpu(family: str, checkpoint: Checkpoints, kernels: Counted) -> None:
+    folder = checkpoint(family)
+    ids = tiny_models.token_ids(2, 12)
+    with on_device(folder, 16) as model:
+        same(model, folder, ids, **padded(ids, [0, 3]))
+        assert side_of(model).cache.total().fetches > 0
+        assert kernels.launches["gate_up"] == kernels.launches["down"] > 0
+
+
+def test_a_decoded_token_takes_four_launches_a_layer(checkpoint: Checkpoints, kernels: Counted) -> None:
+    """All of a layer's experts are on the device since the prompt, none is to fetch."""
+    folder = checkpoint("qwen3_moe")
+    with on_device(folder, 200, policy="lru") as model, torch.no_grad():
+        for seed in range(6):  # until every expert has been asked for
+            prompt = model(tiny_models.token_ids(1, 60, seed=seed), use_cache=True)
+        cache, layers = side_of(model).cache, len(model.offload.spec.layers)
+        assert all((cache.slot_of(layer) >= 0).all() for layer in range(layers))
+        kernels.launches.clear()
+        model(torch.tensor([[7]]), past_key_values=prompt.past_key_values)
+        assert kernels.launches == dict.fromkeys(("export_layer", "gate_up", "down", "join"), layers)
+
+
+def test_prompts_go_through_tiles(checkpoint: Checkpoints, kernels: Counted) -> None:
+    folder = checkpoint("qwen3_moe", num_experts=16)
+    ids = tiny_models.token_ids(1, FEW_TOKENS + 9)
+    with on_device(folder, 24) as model:
+        same(model, folder, ids, max_new_tokens=3)
+        assert kernels.launches["gather_rows"] > 0 and kernels.launches["gate_up"] > 0
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_packed_experts(weights: str, checkpoint: Checkpoints, kernels: Counted) -> None:
+    """The same packed weights on both sides, with activations in 16 bits here and f32 there: 3e-5 of a group's largest
+    for each product.
+    """
+    folder = checkpoint("mixtral", hidden_size=64, intermediate_size=96)
+    options: dict[str, Any] = dict(weights=weights, activations="f32", dense="stored")
+    ids = tiny_models.token_ids(2, 11)
+    with on_device(folder, 6, **options) as model, torch.no_grad():
+        reference = on_cpu(folder, **options)
+        wanted = reference(ids).logits
+        assert (model(ids).logits - wanted).abs().max() < 3e-4 * wanted.abs().max()
+        assert generate(model, ids) == generate(reference, ids)
+        assert kernels.launches["gate_up"] > 0
+
+
+def test_mxfp4_as_stored(tmp_path: Path, kernels: Counted) -> None:
+    """gpt-oss as published: packed experts with biases; bf16 around them."""
+    folder = mxfp4_checkpoint(tmp_path)
+    options: dict[str, Any] = dict(activations="f32", dense="stored")
+    ids = tiny_models.token_ids(2, 11)
+    with on_device(folder, 8, **options) as model, torch.no_grad():
+        cpu, found = on_cpu(folder, **options)(ids).logits.float(), model(ids).logits.float()
+        assert model.offload.weights == "mxfp4" and kernels.launches["gate_up"] > 0
+        assert (found - cpu).abs().mean() < 0.01 * cpu.abs().mean()
+        assert (found - cpu).abs().max() < 0.05 * cpu.abs().max()
+
+
+def test_bf16_within_its_rounding(checkpoint: Checkpoints, kernels: Counted) -> None:
+    """As much as the CPU's own answer is away from that of float32 weights."""
+    folder = checkpoint("qwen3_moe", torch.bfloat16)
+    ids = tiny_models.token_ids(2, 11)
+    exact = on_cpu(folder, dtype=torch.float32)
+    with on_device(folder, 12, contexts=8) as model, torch.no_grad():
+        truth, cpu, found = (each(ids).logits.float() for each in (exact, on_cpu(folder), model))
+        assert (found - truth).abs().mean() < 1.5 * (cpu - truth).abs().mean() + 1e-6
+
+
+def test_losing_the_device_and_memory_loses_no_token(checkpoint: Checkpoints, kernels: Counted) -> None:
+    folder = checkpoint("qwen3_moe", num_experts=16)
+    ids = tiny_models.token_ids(1, 9)
+    with on_device(folder, 20) as model:
+        device: Any = side_of(model).accelerator
+        device.fail_after(100)
+        same(model, folder, ids)
+        assert model.offload.device is None
+    with on_device(folder, 20) as model:
+        side_of(model).give_up_slots()
+        same(model, folder, ids)
