@@ -55,7 +55,8 @@ class _Matrix(NamedTuple):
 class TiledExperts:
     """Computes experts whose records have one layout, as `TorchExperts` does. Products in `compute`, all else in f32.
 
-    In float16 the rows are scaled, so that activations of any size do; weights must be within its range.
+    In float16 rows are scaled, so that their size does not matter. Weights must be within its range, and the sum over
+    one's magnitudes below half of that: a row's largest number is up to 2, and products are rounded to float16 too.
     """
 
     def __init__(
@@ -179,6 +180,8 @@ class TiledExperts:
         record, hidden = self.record, self.record.hidden_size
         if slot.dtype != torch.uint8 or slot.numel() < record.nbytes:
             raise ValueError(f"a slot of {slot.numel()} {slot.dtype} holds no record of {record.nbytes} bytes")
+        if slot.data_ptr() % 64:
+            raise ValueError(f"a slot begins at a multiple of 64 bytes, not at {slot.data_ptr():#x}")
         if x.dtype not in TYPE_NUMBERS or x.ndim != 2 or x.shape[1] != hidden or x.stride(1) != 1:
             raise ValueError(f"x must be floats [T, {hidden}] with rows in one piece, got {_described(x)}")
         if out.dtype != torch.float32 or out.shape[1:] != (hidden,) or not out.is_contiguous():

@@ -1,5 +1,7 @@
 """Dequantised matrices: bit for bit those of `unpack`, in every format, type and shape, and nothing beside them."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from moe_offload.gpu_kernels import unpack
 from moe_offload.gpu_kernels.dequantise import TYPE_NUMBERS, VARIANTS, Dequantiser
 from moe_offload.gpu_kernels.launch import KernelError
 from moe_offload.gpu_kernels.sources import read_source
-from tests.gpu_kernels.host_kernels import ORDERS, HostKernels, needs_compiler
+from tests.gpu_kernels.host_kernels import ORDERS, SANITIZE, HostKernels, needs_compiler
 
 pytestmark = needs_compiler
 FORMATS = [
@@ -122,6 +124,7 @@ BUGS = {
 }
 
 
+@pytest.mark.skipif(bool(os.environ.get(SANITIZE)), reason="numbers tell; compiling all of them with checks is slow")
 @pytest.mark.parametrize("name", BUGS)
 def test_planted_bugs_are_found(name: str) -> None:
     right, wrong = BUGS[name]
