@@ -61,7 +61,7 @@ def numeric_paths(capability: Capability, name: str = "") -> NumericPaths:
 def card_findings(facts: MachineFacts, card: CardFacts) -> list[Finding]:
     """What is wrong with this one, on a machine whose driver and torch are there."""
     problem = _torch_problem(facts, card)
-    found = [] if problem is None else [problem]
+    found: list[Finding] = [] if problem is None else [problem]
     if card.index is None:
         return found
     if is_usable(facts, card):

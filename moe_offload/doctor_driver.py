@@ -62,7 +62,8 @@ def no_card(facts: MachineFacts) -> Finding:
 
 def driver_findings(facts: MachineFacts) -> list[Finding]:
     """Of a machine with cards: what is wrong with the driver, with torch as a whole, and what hides the cards."""
-    findings = [] if (problem := _old_driver(facts)) is None else [problem]
+    problem = _old_driver(facts)
+    findings: list[Finding] = [] if problem is None else [problem]
     driver, cuda = facts.driver, facts.cuda
     if driver.nvml_error is not None and "mismatch" in driver.nvml_error.lower():
         findings.append(_restart(facts))

@@ -1,5 +1,6 @@
 """Judgement on machines that need not exist: what is usable, what is wrong, and that every command can be run."""
 
+import platform
 import re
 import shlex
 import tomllib
@@ -36,7 +37,7 @@ CUPY13 = CupyFacts((("cupy-cuda13x", "14.2.0"),), (13,), compiler=(13, 0))
 
 
 def card(name: str, capability: tuple[int, int], gib: int, number: int = 0, **more: Any) -> CardFacts:
-    known = dict(
+    known: dict[str, Any] = dict(
         memory_bytes=gib * GIB, free_bytes=gib * GIB, uuid=f"uuid-{number}", bus=f"0000:{number + 1:02x}:00.0",
         link=Link(1, 16, 3, 16), copy_rate=12e9,
     )  # fmt: skip
@@ -363,7 +364,7 @@ def test_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert judge(facts).runs
 
     (tmp_path / ".dockerenv").touch()
-    monkeypatch.setattr(doctor_facts.platform, "release", lambda: "5.15.153.1-microsoft-standard-WSL2")
+    monkeypatch.setattr(platform, "release", lambda: "5.15.153.1-microsoft-standard-WSL2")
     elsewhere = detect_machine(tmp_path, {})
     assert elsewhere.container and elsewhere.wsl and elsewhere.visible is None
 

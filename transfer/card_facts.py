@@ -42,7 +42,8 @@ def match_cards(
     cards: Sequence[Card], identities: Sequence[tuple[str | None, str | None]], known: Sequence[CardFacts]
 ) -> tuple[CardFacts, ...]:
     """Torch's `cards`, whose (UUID, bus) are `identities`, joined to what else is `known` about each."""
-    left, joined = list(known), []
+    left = list(known)
+    joined: list[CardFacts] = []
     for index, (card, (uuid, bus)) in enumerate(zip(cards, identities, strict=True)):
         found = next((each for each in left if uuid is not None and each.uuid == uuid), None)
         found = found or next((each for each in left if bus is not None and each.bus == bus), None)
@@ -66,7 +67,8 @@ def measure_copy(accelerator: Accelerator, nbytes: int = 64 << 20, repeats: int 
         host, device = arena.take(nbytes, "measured copy"), accelerator.allocate(nbytes, "measured copy")
         host.host(write=True)[:] = 0
         try:
-            stream, rates = accelerator.stream("measured copy"), []
+            stream = accelerator.stream("measured copy")
+            rates: list[float] = []
             for _ in range(1 + repeats):
                 start = stream.record(timed=True)
                 accelerator.copy_in(device, host, stream)

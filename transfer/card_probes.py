@@ -100,7 +100,7 @@ def _nvml_card(nvml: Any, index: int) -> CardFacts | None:
     handle = tried(lambda: nvml.nvmlDeviceGetHandleByIndex(index))
     if handle is None:  # fallen off the bus
         return None
-    memory = tried(lambda: nvml.nvmlDeviceGetMemoryInfo(handle))
+    memory: Any = tried(lambda: nvml.nvmlDeviceGetMemoryInfo(handle))
     capability = tried(lambda: nvml.nvmlDeviceGetCudaComputeCapability(handle))
     return CardFacts(
         tried(lambda: _text(nvml.nvmlDeviceGetName(handle))) or "NVIDIA card",

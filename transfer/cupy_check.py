@@ -102,7 +102,10 @@ def detect_cupy(capability: tuple[int, int] | None = None, driver: tuple[int, ..
             capability = None
     wheels = tuple(_versions(_WHEELS))
     compilers = tuple(_major(version) for _, version in _versions(("nvidia-cuda-nvrtc-cu12", "nvidia-cuda-nvrtc")))
-    failure, compiler, file, silence = None, None, "", None
+    failure: str | None = None
+    compiler: tuple[int, int] | None = None
+    silence: str | None = None
+    file = ""
     if wheels:
         try:
             # as the kernels do it: for old cards it has CUDA 12's compiler loaded first

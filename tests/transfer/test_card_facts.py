@@ -306,7 +306,12 @@ def test_a_card_that_is_full_gets_its_page_locked_memory_back(monkeypatch: pytes
     def arena(nbytes: int) -> HostArena:
         made = VirtualAccelerator.host_arena(accelerator, nbytes)
         close = made.close
-        monkeypatch.setattr(made, "close", lambda: (log.append("closed"), close()))
+
+        def noted() -> None:
+            log.append("closed")
+            close()
+
+        monkeypatch.setattr(made, "close", noted)
         return made
 
     monkeypatch.setattr(accelerator, "host_arena", arena)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -110,9 +111,10 @@ def test_nothing_is_imported_where_there_is_no_wheel(monkeypatch: pytest.MonkeyP
     def import_cupy(capability: object) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(metadata, "version", {}.__getitem__)
+    installed: dict[str, str] = {}
+    monkeypatch.setattr(metadata, "version", installed.__getitem__)
     monkeypatch.setattr(cupy_kernels, "import_cupy", import_cupy)
-    assert detect_cupy((6, 1)) == CupyFacts((), (), None, (6, 1), cupy_check.torch.version.cuda)
+    assert detect_cupy((6, 1)) == CupyFacts((), (), None, (6, 1), torch.version.cuda)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the list of loaded files is Linux's")
