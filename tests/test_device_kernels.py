@@ -61,15 +61,14 @@ def test_tokens_are_those_of_the_cpu(family: str, checkpoint: Checkpoints, kerne
 
 
 def test_a_decoded_token_takes_four_launches_a_layer(checkpoint: Checkpoints, kernels: Counted) -> None:
-    """All of a layer's experts are on the device since the prompt, none is to fetch."""
+    """All of a layer's experts that the token is routed to are on the device."""
     folder = checkpoint("qwen3_moe")
     with on_device(folder, 200, policy="lru") as model, torch.no_grad():
-        for seed in range(6):  # until every expert has been asked for
-            prompt = model(tiny_models.token_ids(1, 60, seed=seed), use_cache=True)
-        cache, layers = side_of(model).cache, len(model.offload.spec.layers)
-        assert all((cache.slot_of(layer) >= 0).all() for layer in range(layers))
-        kernels.launches.clear()
-        model(torch.tensor([[7]]), past_key_values=prompt.past_key_values)
+        for _ in range(2):  # the second time all that it asks for is there
+            prompt = model(tiny_models.token_ids(1, 5), use_cache=True)
+            kernels.launches.clear()
+            model(torch.tensor([[7]]), past_key_values=prompt.past_key_values)
+        layers = len(model.offload.spec.layers)
         assert kernels.launches == dict.fromkeys(("export_layer", "gate_up", "down", "join"), layers)
 
 
