@@ -10,6 +10,7 @@ compute-sanitizer. docs/gpu_checks.md tells how to read the figures.
 --smoke runs the same code on the CPU, through the tests' host shim, with tiny shapes: it says nothing about speed.
 """
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -49,39 +50,34 @@ NUMERICS = "numerics"
 _SMOKE_TESTS = ("tests/gpu_kernels/test_legacy_ptx_gpu.py",)
 
 
-def measure(bench: Bench, only: tuple[str, ...], console: Console) -> dict[str, Any]:
-    """Every section that is wanted, shown as it is there. On the host the tables are left out: they say nothing."""
+def measure(bench: Bench, only: tuple[str, ...], console: Console, smoke: bool = False) -> dict[str, Any]:
+    """Every section that is wanted, shown as it is there; smoke: nothing is shown, and what fails is raised."""
     progress("bandwidths")
     rates = bandwidth(bench)
     result: dict[str, Any] = {"card": card_facts(bench), "gb_per_s": rates}
-    if bench.on_card:
+    if not smoke:
         console.print(result["card"], rates)
     for name, (title, section) in SECTIONS.items():
         if name in only:
-            result[name] = _guarded(bench, name, lambda run=section: run(bench, rates["copy"]))  # type: ignore[misc]
-            if bench.on_card:
+            try:
+                result[name] = section(bench, rates["copy"])
+            except Exception as error:  # one section costs no other its figures
+                if smoke:
+                    raise
+                result[name] = []
+                bench.left_out.append(f"{name} failed: {type(error).__name__}: {error}")
+                progress(bench.left_out[-1])
+            if not smoke:
                 show(console, title, result[name])
     if NUMERICS in only:
         progress("gpu tests")
-        result["gpu_tests"] = gpu_tests() if bench.on_card else gpu_tests(_SMOKE_TESTS)
+        result["gpu_tests"] = gpu_tests(_SMOKE_TESTS) if smoke else gpu_tests()
         progress("compute-sanitizer")
         result["compute_sanitizer"] = sanitized()
-        if bench.on_card:
+        if not smoke:
             console.print(result["gpu_tests"], result["compute_sanitizer"])
     result["left_out"] = bench.left_out
     return result
-
-
-def _guarded(bench: Bench, name: str, section: Callable[[], list[Row]]) -> list[Row]:
-    """A section that fails on a card is told, and costs no other its figures; on the CPU it fails the run."""
-    try:
-        return section()
-    except Exception as error:
-        if not bench.on_card:
-            raise
-        bench.left_out.append(f"{name} failed: {type(error).__name__}: {error}")
-        progress(bench.left_out[-1])
-        return []
 
 
 def parsed(only: str) -> tuple[str, ...]:
@@ -105,8 +101,11 @@ def main(
     if json.suffix != ".json":
         raise typer.BadParameter(f"the result is JSON, and {json.name} does not end in .json")
     if smoke:
+        if shutil.which("g++") is None:
+            console.print("smoke: nothing ran, kernels cannot be tried on the CPU without g++")
+            return
         with torch.inference_mode():
-            result = measure(Bench.of_host(), names, console)
+            result = measure(Bench.of_host(), names, console, smoke=True)
         console.print(f"smoke: no figures, {', '.join(result)} ran on the CPU")
         return
     problem = cuda_problem(detect_cuda(), device) or cupy_problem()

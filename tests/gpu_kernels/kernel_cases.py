@@ -5,6 +5,7 @@ numbers are off by more than roundings explain: by what test_torch_experts.py an
 cases are in the tests of each kernel.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -39,7 +40,7 @@ from tests.gpu_kernels.test_torch_experts import (
 )
 
 Check = Callable[[Kernels, torch.device], None]
-MOST = 70  # rows of a matrix that is unpacked
+KERNEL_NAME = re.compile(r"__global__ void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\(")  # in a source
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,10 @@ class Case:
 
     name: str
     check: Check
+
+    @property
+    def kind(self) -> str:
+        return self.name.partition("-")[0]
 
     def __str__(self) -> str:
         return self.name
@@ -146,7 +151,7 @@ def many_tokens(
 
 def dequantised(kernels: Kernels, device: torch.device, *, dtype: str, group: int, to: torch.dtype) -> None:
     """Any bytes at all, bit for bit: NaN and infinite scales too."""
-    rows, cols = (MOST, 224) if dtype == "mxfp4" else (MOST, 231)
+    rows, cols = (70, 224) if dtype == "mxfp4" else (70, 231)
     nbytes = unpack.matrix_bytes(dtype, rows, cols, group)
     data = torch.from_numpy(np.random.default_rng(group).integers(0, 256, nbytes, np.uint8))
     expected = unpack.matrix(data, dtype, rows, cols, group, torch.float32).to(to)
@@ -179,13 +184,16 @@ def attention(kernels: Kernels, device: torch.device, *, macros: Macros, turn: i
     def there(tensor: torch.Tensor | None) -> torch.Tensor | None:
         return None if tensor is None else tensor.to(device)
 
-    for splits in (1, 3):
-        found = DecodeAttention(kernels, shape, 4)(
+    outs = [
+        DecodeAttention(kernels, shape, 4)(
             query.to(device), keys.to(device), values.to(device), key_scales=there(scales[0]),
             value_scales=there(scales[1]), starts=there(starts), sinks=there(sinks), splits=splits,
-        )  # fmt: skip
-        room = np.full(expected.shape, 2e-5 * np.abs(expected).max()) + STEP[query_type] * np.abs(expected)
-        close(found, expected, room, f"attention in {splits} parts")
+        )
+        for splits in (1, 3)
+    ]  # fmt: skip
+    room = np.full(expected.shape, 2e-5 * np.abs(expected).max()) + STEP[query_type] * np.abs(expected)
+    for found in outs:
+        close(found, expected, room, "attention")
 
 
 def _kept(rng: np.random.Generator, size: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
