@@ -4,8 +4,7 @@ There is no card: its facts are made up, and the virtual accelerator, which comp
 """
 
 import json
-import logging
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,48 +21,29 @@ from moe_offload.models.checkpoint import Checkpoint
 from moe_offload.models.expert_weights import locate_experts
 from moe_offload.models.range_check import RangeFacts, check_range, loaded_floats
 from moe_offload.models.spec import MoeSpec, build_skeleton
-from moe_offload.transfer.find_device import Card, CudaFacts
-from moe_offload.transfer.virtual import VirtualAccelerator
 from tests import tiny_models
+from tests.card_cases import NAMES, card, put_in, warnings_in
 from tests.conftest import Checkpoints
-from tests.device_cases import SERVERS, generate, on_cpu
+from tests.device_cases import generate, on_cpu
 from tests.models.test_prequantised import fp8_checkpoint
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-CU126 = ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90")
-CARDS = {
-    (6, 1): "NVIDIA GeForce GTX 1080 Ti",
-    (7, 0): "Tesla V100-PCIE-32GB",
-    (7, 5): "Tesla T4",
-    (8, 0): "NVIDIA A100-PCIE-40GB",
-}
 OLD = [(6, 0), (6, 1), (7, 0), (7, 5)]
 
-
-def card(capability: tuple[int, int], gib: int = 11) -> Card:
-    return Card(CARDS.get(capability, "Tesla P100-PCIE-16GB"), capability, gib << 30)
-
-
-@pytest.fixture
-def put_in(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """put_in(card): this machine has it from now on."""
-
-    def put(found: Card) -> None:
-        facts = CudaFacts("2.13.0+cu126", "12.6", CU126, (found,))
-        monkeypatch.setattr("moe_offload.transfer.find_device.detect_cuda", lambda: facts)
-        monkeypatch.setattr(
-            "moe_offload.transfer.cuda.CudaAccelerator",
-            lambda index, budget: VirtualAccelerator(SERVERS["tiny-gtx1080ti"], budget),
-        )
-
-    return put
+WithCard = Callable[[tuple[int, int]], None]
+Notes = Callable[[], list[str]]
 
 
 @pytest.fixture
-def notes(caplog: pytest.LogCaptureFixture) -> Iterator[Any]:
-    """Warnings of ours so far."""
-    with caplog.at_level(logging.WARNING, "moe_offload"):
-        yield lambda: [each.getMessage() for each in caplog.records if each.levelno >= logging.WARNING]
+def with_card(monkeypatch: pytest.MonkeyPatch) -> WithCard:
+    """with_card(capability): this machine has such a card from now on."""
+    return lambda capability: put_in(monkeypatch, card(capability))
+
+
+@pytest.fixture
+def notes(caplog: pytest.LogCaptureFixture) -> Notes:
+    """Warnings so far."""
+    return lambda: warnings_in(caplog)
 
 
 # Deciding
@@ -215,26 +195,26 @@ def test_all_that_is_loaded_is_looked_at_and_no_expert(family: str, checkpoint: 
 
 
 @pytest.mark.parametrize("device", ["auto", "cuda", "cuda:0"])
-@pytest.mark.parametrize("capability", CARDS)
+@pytest.mark.parametrize("capability", [(6, 1), (7, 0), (7, 5), (8, 0)])
 def test_the_card_decides(
-    capability: tuple[int, int], device: str, checkpoint: Checkpoints, put_in: Any, notes: Any
+    capability: tuple[int, int], device: str, checkpoint: Checkpoints, with_card: WithCard, notes: Notes
 ) -> None:
     folder = checkpoint("qwen3_moe", BF16)
-    put_in(card(capability))
+    with_card(capability)
     model = moe_offload.load(folder, device=device)
     with model.offload as engine:
         old = capability < (8, 0)
         assert engine.device is not None and engine.weights == "bf16"  # the experts' format stays
         assert model.dtype == (F16 if old else BF16) == model.config.dtype
         assert {each.dtype for each in model.parameters()} == {model.dtype}
-        assert len(notes()) == old and all(CARDS[capability] in note for note in notes())
+        assert len(notes()) == old and all(NAMES[capability] in note for note in notes())
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss"])
-def test_f16_is_no_further_from_the_truth_than_bf16(family: str, checkpoint: Checkpoints, put_in: Any) -> None:
+def test_f16_is_no_further_from_the_truth_than_bf16(family: str, checkpoint: Checkpoints, with_card: WithCard) -> None:
     folder = checkpoint(family, BF16)
     ids = tiny_models.token_ids(2, 11)
-    put_in(card((6, 1)))
+    with_card((6, 1))
     with moe_offload.load(folder).offload as engine, torch.no_grad():
         model = engine._model
         assert model.dtype == F16
@@ -259,10 +239,10 @@ def _planted(folder: Path, target: Path, tensor: str, value: float) -> Path:
 
 @pytest.mark.parametrize("tensor", ["model.norm.weight", "model.layers.2.self_attn.q_norm.weight", "lm_head.weight"])
 def test_a_weight_that_does_not_fit(
-    tensor: str, tmp_path: Path, checkpoint: Checkpoints, put_in: Any, notes: Any
+    tensor: str, tmp_path: Path, checkpoint: Checkpoints, with_card: WithCard, notes: Notes
 ) -> None:
     folder = _planted(checkpoint("qwen3_moe", BF16), tmp_path / "model", tensor, -1e5)
-    put_in(card((7, 0)))
+    with_card((7, 0))
     with moe_offload.load(folder).offload as engine:
         model = engine._model
         assert model.dtype == F32
@@ -273,27 +253,27 @@ def test_a_weight_that_does_not_fit(
 
 
 def test_an_expert_that_does_not_fit_is_nobodys_business(
-    tmp_path: Path, checkpoint: Checkpoints, put_in: Any, notes: Any
+    tmp_path: Path, checkpoint: Checkpoints, with_card: WithCard, notes: Notes
 ) -> None:
     name = "model.layers.1.mlp.experts.3.down_proj.weight"
     folder = _planted(checkpoint("qwen3_moe", BF16), tmp_path / "model", name, 1e5)
     assert any(name in load_file(file) for file in folder.glob("*.safetensors"))
-    put_in(card((7, 0)))
+    with_card((7, 0))
     with moe_offload.load(folder).offload as engine:
         assert engine._model.dtype == F16 and len(notes()) == 1
 
 
-def test_fp8_linears_become_f16(tmp_path: Path, put_in: Any, notes: Any) -> None:
+def test_fp8_linears_become_f16(tmp_path: Path, with_card: WithCard, notes: Notes) -> None:
     folder = fp8_checkpoint(tmp_path)
-    put_in(card((7, 5)))
+    with_card((7, 5))
     with moe_offload.load(folder, weights="int8", dense="stored").offload as engine:
         assert engine.device is not None and {each.dtype for each in engine._model.parameters()} == {F16}
         generate(engine._model, tiny_models.token_ids(1, 5))
 
 
 @pytest.mark.parametrize("said", ["bfloat16", BF16])
-def test_bf16_by_name_is_loaded(said: Any, checkpoint: Checkpoints, put_in: Any, notes: Any) -> None:
-    put_in(card((6, 1)))
+def test_bf16_by_name_is_loaded(said: Any, checkpoint: Checkpoints, with_card: WithCard, notes: Notes) -> None:
+    with_card((6, 1))
     with moe_offload.load(checkpoint("qwen3_moe", BF16), dtype=said).offload as engine:
         assert engine._model.dtype == BF16
         assert len(notes()) == 1 and "slow or missing" in notes()[0]
@@ -301,19 +281,19 @@ def test_bf16_by_name_is_loaded(said: Any, checkpoint: Checkpoints, put_in: Any,
 
 @pytest.mark.parametrize("device", ["cpu", "virtual:gtx1080ti"])
 def test_without_a_real_card_nothing_is_converted(
-    device: str, checkpoint: Checkpoints, put_in: Any, notes: Any
+    device: str, checkpoint: Checkpoints, with_card: WithCard, notes: Notes
 ) -> None:
-    put_in(card((6, 1)))
+    with_card((6, 1))
     with moe_offload.load(checkpoint("qwen3_moe", BF16), device=device).offload as engine:
         assert engine._model.dtype == BF16 and not notes()
 
 
-def test_a_config_that_names_no_format(tmp_path: Path, checkpoint: Checkpoints, put_in: Any) -> None:
+def test_a_config_that_names_no_format(tmp_path: Path, checkpoint: Checkpoints, with_card: WithCard) -> None:
     """transformers then takes that of the first tensor."""
     folder = _planted(checkpoint("qwen3_moe", BF16), tmp_path / "model", "", 0)
     config = json.loads((folder / "config.json").read_text())
     assert config.pop("dtype") == "bfloat16"
     (folder / "config.json").write_text(json.dumps(config))
-    put_in(card((7, 0)))
+    with_card((7, 0))
     with moe_offload.load(folder).offload as engine:
         assert engine._model.dtype == F16
