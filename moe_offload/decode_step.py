@@ -54,7 +54,7 @@ class StepInputs:
         step, last_mask, last_cos, last_length = self._last
         if last_mask is mask and last_cos is cos and last_length == length and (step is None or step.batch == batch):
             return step
-        starts = _starts(mask, batch, length)
+        starts = seen_from(mask, batch, length)
         step = None
         if starts is not None and cos.shape == sin.shape and cos.shape[:-1] in ((1, 1), (batch, 1)):
             rows = [part.reshape(-1, part.shape[-1]).to(torch.float32).contiguous().numpy() for part in (cos, sin)]
@@ -63,7 +63,8 @@ class StepInputs:
         return step
 
 
-def _starts(mask: torch.Tensor | None, batch: int, length: int) -> NDArray[np.int64] | None:
+def seen_from(mask: torch.Tensor | None, batch: int, length: int) -> NDArray[np.int64] | None:
+    """The first position that each sequence sees, by a mask [B or 1, 1, 1, T]; None for one that is no left padding."""
     if mask is None:
         return np.zeros(batch, np.int64)
     if mask.dim() != 4 or mask.shape[2] != 1 or mask.shape[1] != 1 or mask.shape[3] < length:

@@ -2,9 +2,10 @@
 
 transformers calls the function that a config names. `attach` names ours, under which masks are made as before, and puts
 a handle on each attention module; modules without one compute as they would have. One query position of each sequence
-over keys and values in host memory goes to the CPU's decode attention, which reads them where they lie. Everything
-else runs on the device through the function that stood there before: prompts, keys and values on the device, and what
-the kernel does not know (a mask with holes, a soft cap, gradients), for which they are copied there.
+goes to a decode attention of ours: over keys and values in host memory to the CPU's, which reads them where they lie,
+over those on the device to the device's, where that is better than torch's (`device_decode_attention.py`). Everything
+else runs on the device through the function that stood there before: prompts, and what the kernels do not know (a soft
+cap, gradients, on the CPU a mask with holes), for which keys and values in host memory are copied there.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,11 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from moe_offload.attention_layers import NAMES, AttentionLayer, attention_layers
+from moe_offload.attention_layers import NAMES, SINK_CLASSES, AttentionLayer, attention_layers
 from moe_offload.cpu_kernels.attention import AttentionShape, DecodeAttention
 from moe_offload.cpu_kernels.team import Team
 from moe_offload.decode_modules import WEIGHT_TYPES
-from moe_offload.decode_step import _starts as first_seen
+from moe_offload.decode_step import seen_from
+from moe_offload.device_decode_attention import DeviceDecode, Sinks
 from moe_offload.host_cache import Origin, origin_of
 from moe_offload.models import compat
 
@@ -57,8 +59,8 @@ class PlainObserver(AttentionObserver):
 class _Shared:
     """What the attentions of one model share: kernels by shape, and the current step's mask."""
 
-    def __init__(self, observer: AttentionObserver, team: Team) -> None:
-        self.observer, self.team = observer, team
+    def __init__(self, observer: AttentionObserver, team: Team, decode: DeviceDecode | None) -> None:
+        self.observer, self.team, self.decode = observer, team, decode
         self._kernels: dict[AttentionShape, DecodeAttention] = {}
         self._last: tuple[Any, int, int, int, NDArray[np.int64] | None] | None = None
 
@@ -73,17 +75,19 @@ class _Shared:
         version = mask._version if mask is not None and not mask.is_inference() else 0
         if last is not None and last[0] is mask and last[1:4] == (version, batch, length):
             return last[4]
-        starts = first_seen(None if mask is None else mask.to("cpu"), batch, length)
+        starts = seen_from(None if mask is None else mask.to("cpu"), batch, length)
         self._last = mask, version, batch, length, starts  # at once: there may be other threads
         return starts
 
 
 class AttentionHandle:
-    """One attention module's way to the CPU."""
+    """One attention module's way to our kernels."""
 
     def __init__(self, shared: _Shared, layer: AttentionLayer, former: Callable[..., Any], with_sinks: bool) -> None:
         self.shared, self.index, self.former, self.with_sinks = shared, layer.index, former, with_sinks
-        self._sinks: tuple[Any, int, NDArray[np.float32] | None] = (None, 0, None)
+        self._host_sinks, self._device_sinks = Sinks(torch.device("cpu")), Sinks()
+        # Of another eager attention only the module knows what it computes.
+        self._known = not with_sinks or type(layer.module).__name__ in SINK_CLASSES
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "AttentionHandle":
         """A copied model shares the threads."""
@@ -106,6 +110,10 @@ class AttentionHandle:
 
         def run() -> torch.Tensor:
             nonlocal weights
+            if not origin.on_host:
+                found = self._on_device(module, query, key, value, attention_mask, kwargs)
+                if found is not None:
+                    return found
             keys, values = key.to(query.device), value.to(query.device)
             result: torch.Tensor
             result, weights = self.former(module, query, keys, values, attention_mask, **kwargs)
@@ -118,15 +126,9 @@ class AttentionHandle:
         mask: torch.Tensor | None, kwargs: Mapping[str, Any],
     ) -> Callable[[], torch.Tensor] | None:  # fmt: skip
         """What runs the CPU's kernel; None for what it does not know."""
-        batch, q_heads, queries, size = query.shape
+        batch, q_heads, _, size = query.shape
         kv_heads, length = key.shape[1:3]
-        if queries != 1 or kwargs.get("dropout") or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
-            return None
-        if any(given is not None and given is not False for name, given in kwargs.items() if name not in _HARMLESS):
-            return None
-        if key.dtype not in WEIGHT_TYPES or value.dtype != key.dtype or query.dtype != key.dtype or q_heads % kv_heads:
-            return None
-        if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        if not _plain(query, key, value, kwargs) or q_heads % kv_heads:
             return None
         starts = self.shared.starts(mask, batch, length)
         if starts is None or key.stride(-1) != 1 or value.stride(-1) != 1:
@@ -138,7 +140,7 @@ class AttentionHandle:
                 q_is_bf16=bf16, bf16_weights=bf16,
             )
         )  # fmt: skip
-        sinks = self._sinks_of(module)
+        sinks = self._host_sinks.of(module) if self.with_sinks else None
 
         def run() -> torch.Tensor:
             shared = self.shared
@@ -146,21 +148,33 @@ class AttentionHandle:
             out = torch.empty((batch, 1, q_heads, value.shape[3]), dtype=torch.float32)
             kernel(
                 q.numpy(), _stored(key), _stored(value), np.full(batch, length, np.int64), out[:, 0].numpy(),
-                shared.team, starts=starts, sinks=sinks,
+                shared.team, starts=starts, sinks=None if sinks is None else sinks.numpy(),
             )  # fmt: skip
             return shared.observer.to_device(out.to(query.dtype), query.device)
 
         return run
 
-    def _sinks_of(self, module: Any) -> NDArray[np.float32] | None:
-        """A module's sinks, read again where they have changed."""
-        sinks = module.sinks if self.with_sinks else None
-        if sinks is None:
+    def _on_device(
+        self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+        mask: torch.Tensor | None, kwargs: Mapping[str, Any],
+    ) -> torch.Tensor | None:  # fmt: skip
+        """The device kernel's result; None where torch's is to be taken."""
+        decode = self.shared.decode
+        if decode is None or not self._known or not _plain(query, key, value, kwargs):
             return None
-        version = 0 if sinks.is_inference() else sinks._version
-        if self._sinks[0] is not sinks or self._sinks[1] != version:
-            self._sinks = sinks, version, sinks.detach().to("cpu", torch.float32, copy=True).contiguous().numpy()
-        return self._sinks[2]
+        sinks = self._device_sinks.of(module) if self.with_sinks else None
+        return decode.run(query, key, value, mask, kwargs.get("scaling"), sinks)
+
+
+def _plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kwargs: Mapping[str, Any]) -> bool:
+    """Whether it is one position of each sequence, with nothing asked for that our kernels do not know."""
+    if query.shape[2] != 1 or kwargs.get("dropout") or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+        return False
+    if any(given is not None and given is not False for name, given in kwargs.items() if name not in _HARMLESS):
+        return False
+    if key.dtype not in WEIGHT_TYPES or value.dtype != key.dtype or query.dtype != key.dtype:
+        return False
+    return not torch.is_grad_enabled() or not (query.requires_grad or key.requires_grad or value.requires_grad)
 
 
 def _stored(tensor: torch.Tensor) -> NDArray[Any]:
@@ -186,15 +200,18 @@ def attention_forward(
     return answer
 
 
-def attach(model: nn.Module, observer: AttentionObserver, team: Team) -> tuple[AttentionLayer, ...]:
+def attach(
+    model: nn.Module, observer: AttentionObserver, team: Team, decode: DeviceDecode | None = None
+) -> tuple[AttentionLayer, ...]:
     """Let attention over host layers run on the CPU; every layer's description, with what keeps it on the device.
 
-    A model with no layer that can go to the host is left alone. Attaching again replaces the observer and the team.
+    decode: runs the steps over layers on the device that torch has no good kernel for; None: torch does. A model with
+    no layer that can go to the host is left alone. Attaching again replaces all three.
     """
     layers = attention_layers(model)
     if not any(layer.schedulable for layer in layers):
         return layers
-    shared = _Shared(observer, team)
+    shared = _Shared(observer, team, decode)
     for layer in layers:
         if layer.module is None or layer.implementation not in NAMES:
             continue

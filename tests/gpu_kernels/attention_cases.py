@@ -57,10 +57,10 @@ class Case:
     def check(self, found: torch.Tensor) -> None:
         """Raises AssertionError unless `found` is right.
 
-        The arithmetic is f32. A logit, of magnitude 10 at most here, is a sum in chains of 8 and a tree of 5, off by some
-        2^-24 of that, which is the part of itself that its weight is off by; exp2f and tanhf of a device may be off by
-        two in the last place. Together less than 1e-5 of values of 1, and 2e-6 is what is seen on the CPU; then the
-        result is rounded to its type.
+        The arithmetic is f32. A logit, of magnitude 10 at most here, is a sum in chains of 8 and a tree of 5, off by
+        some 2^-24 of that, which is the part of itself that its weight is off by; exp2f and tanhf of a device may be
+        off by two in the last place. Together less than 1e-5 of values of 1 (the CPU shows 2e-6); then the result is
+        rounded to its type.
         """
         expected = self.reference()
         bound = 1e-5 + ROUNDING[found.dtype] * expected.abs()
