@@ -56,6 +56,7 @@ from moe_offload.transfer.expert_cache import ExpertCache
 from moe_offload.transfer.expert_pack import ExpertPack
 from moe_offload.transfer.expert_store import ExpertStore
 from moe_offload.transfer.record_source import PackSource, RecordSource
+from moe_offload.whole_layers import WholeLayers
 
 logger = logging.getLogger(__name__)
 
@@ -179,6 +180,7 @@ class DeviceSide:
         )
         self.guard = Guard() if self.policy.prefetch else None
         self.dispatcher = Dispatcher(parts, self.policy, self.guard, overlap=options.overlap)
+        self.whole = WholeLayers(self._parts, self._tensors, self.dispatcher)
         compile_planners(progress)
         self._account = _ModelWork(accelerator, self._dense_bytes, len(layers))
         if self.policy.placement != "empty":
@@ -275,6 +277,9 @@ class DeviceSide:
         top_k_weights: torch.Tensor,
     ) -> tuple[torch.Tensor, int]:
         self._account(len(hidden_states))
+        whole = self.whole.run(layer, hidden_states, top_k_index, top_k_weights)
+        if whole is not None:  # how many experts were active is not known for several tokens: so many at most
+            return whole, min(top_k_index.numel(), self._layers[layer].cpu.num_experts)
         began = self.accelerator.now()
         groups = self._tensors.begin(self._parts[layer], module, hidden_states, top_k_index, top_k_weights)
         self.wait_seconds += self.accelerator.now() - began
@@ -300,6 +305,7 @@ class DeviceSide:
         if slots < LEAST_SLOTS or slots == len(self.slots):
             return False
         with self._lock:
+            self.whole.forget()
             self.dispatcher.resize(slots)
             return len(self.slots) == slots
 

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 class LayerStats:
     """One MoE layer. Experts are counted once per call and place; `fetched` are those that were copied on demand.
 
-    resident: experts in slots now. hit_rate: of the experts wanted, the share that was in a slot or on its way.
+    resident: experts in slots now. hit_rate: of the experts wanted, the share that was in a slot or on its way. whole:
+    calls that left the host alone, since all of the layer's experts are on the device (not in `calls`); rows_on_device
+    has their rows, on_device not their experts.
     """
 
     layer: int
@@ -34,6 +36,7 @@ class LayerStats:
     prefetches: int
     wasted_prefetches: int
     evictions: int
+    whole: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +73,9 @@ class DeviceStats:
 
     @property
     def hit_rate(self) -> float:
-        """Over all layers, each wanted expert counting once."""
+        """Over all layers, each wanted expert counting once, a call of a whole layer like one."""
         calls = [(layer.on_cpu + layer.on_device + layer.fetched, layer.hit_rate) for layer in self.layers]
+        calls += [(layer.whole, 1.0) for layer in self.layers]
         total = sum(count for count, _ in calls)
         return sum(count * rate for count, rate in calls) / total if total else 0.0
 
@@ -86,7 +90,7 @@ def device_stats(side: "DeviceSide") -> DeviceStats:
     counts, copies, rate = dispatcher.counts, queue.counts(), queue.bandwidth
     nbytes = copies.on_demand + copies.prefetched
     copy_seconds = nbytes / (rate * 1e9) if queue.measured else 0.0
-    seconds = {**counts.seconds, "wait": side.wait_seconds}
+    seconds = {**counts.seconds, "wait": side.wait_seconds, "whole layers": side.whole.seconds}
     share = side.placement.share if side.placement is not None else None
     return DeviceStats(
         device=accelerator.name,
@@ -97,7 +101,7 @@ def device_stats(side: "DeviceSide") -> DeviceStats:
         memory_peak=accelerator.peak,
         slots=len(side.slots),
         slot_bytes=side.slots.slot_bytes,
-        steps=counts.steps,
+        steps=max(counts.steps, int(side.whole.calls.max())),
         layers=tuple(_layer(side, layer) for layer in range(counts.layers)),
         copied_on_demand=copies.on_demand,
         prefetched=copies.prefetched,
@@ -115,10 +119,12 @@ def device_stats(side: "DeviceSide") -> DeviceStats:
 
 
 def _layer(side: "DeviceSide", layer: int) -> LayerStats:
-    ran, cache = side.dispatcher.counts.layer(layer), side.cache.counters(layer)
+    ran, cache, whole = side.dispatcher.counts.layer(layer), side.cache.counters(layer), side.whole
+    resident = int((side.cache.slot_of(layer) >= 0).sum())
     return LayerStats(
-        layer, ran.calls, ran.resident, cache.hit_rate, ran.cpu_experts, ran.gpu_experts, ran.fetched_experts,
-        ran.cpu_rows, ran.gpu_rows, cache.nbytes, cache.prefetches, cache.wasted, cache.evictions,
+        layer, ran.calls, resident, cache.hit_rate, ran.cpu_experts, ran.gpu_experts, ran.fetched_experts,
+        ran.cpu_rows, ran.gpu_rows + int(whole.rows[layer]), cache.nbytes, cache.prefetches, cache.wasted,
+        cache.evictions, int(whole.calls[layer]),
     )  # fmt: skip
 
 
@@ -139,6 +145,8 @@ def stats_table(stats: DeviceStats) -> tuple[Text, Table]:
         + ("" if not stats.kv_on_host else f"; the KV cache of {stats.kv_on_host} layers is in host memory"),
         *stats.crossover.splitlines(),
     ]
+    if whole := sum(layer.whole for layer in stats.layers):
+        lines.append(f"layers that are whole on the device: run {whole} times without waiting for the router")
     if stats.predictor is not None:
         lines.append(stats.predictor.describe())
     for each in stats.guard:

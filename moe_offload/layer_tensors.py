@@ -24,6 +24,7 @@ from moe_offload.cpu_kernels.grouping import Groups, group_tokens
 from moe_offload.cpu_layer import CpuLayer, PackedLayer
 from moe_offload.device_experts import DeviceExperts
 from moe_offload.gpu_kernels.fused_experts import FusedExperts, HostSide, export_layer, join
+from moe_offload.transfer.accelerator import NOTHING as NO_WORK
 from moe_offload.transfer.accelerator import Accelerator, Buffer, HostArena, Work, as_tensor
 
 LEAST_TOKENS = 64
@@ -194,6 +195,37 @@ class LayerTensors:
 
         work = Work(parts.record_bytes, parts.flops_per_row, counts, launches=launches)
         self._accelerator.launch(self._accelerator.compute, add, slots, (room.work,), work, "experts")
+
+    def run_whole(
+        self,
+        parts: LayerParts,
+        table: torch.Tensor,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """The output [T, H] of a layer of few tokens whose experts' addresses are in `table`: see `whole_layers.py`.
+        Waits for nothing.
+        """
+        tokens, top_k = top_k_index.shape
+        few, room, space = parts.device.few(tokens, top_k), self._room(tokens, top_k), parts.device.space(tokens, top_k)
+        assert few is not None and room.work is not None
+        hidden, index, weights = _for_kernels(hidden_states.detach(), top_k_index, top_k_weights.detach())
+        result = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+
+        def run(memory: torch.Tensor) -> None:
+            few.begin(space, memory, hidden, index, weights)
+            few.add_by_table(space, memory, table)
+            few.join(space, memory, result)
+
+        rows = np.bincount(index.flatten().numpy()) if self._accelerator.simulated else np.zeros(0, np.int64)
+        work = Work(parts.record_bytes, parts.flops_per_row, rows[rows > 0], launches=4)
+        self._accelerator.launch(self._accelerator.compute, run, (), (room.work,), work, "experts")
+        return result
+
+    def look_at(self, buffers: Sequence[Buffer], function: Callable[..., None]) -> None:
+        """Call function with the buffers' tensors, of which it keeps none."""
+        self._accelerator.launch(self._accelerator.compute, function, buffers, (), NO_WORK, "look")
 
     def on_cpu(self, positions: NDArray[np.int64]) -> None:
         """As of `LayerWork`."""

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from moe_offload.device_experts import FEW_TOKENS
+from moe_offload.device_stats import stats_table
 from tests import tiny_models
 from tests.conftest import Checkpoints
 from tests.device_cases import expected, generate, on_cpu, on_device, padded, side_of
@@ -129,3 +130,40 @@ def test_losing_the_device_and_memory_loses_no_token(checkpoint: Checkpoints, ke
     with on_device(folder, 20) as model:
         side_of(model).give_up_slots()
         same(model, folder, ids)
+
+
+def test_layers_that_are_whole_on_the_device_wait_for_nobody(
+    checkpoint: Checkpoints, kernels: Counted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = checkpoint("qwen3_moe")
+    ids = tiny_models.token_ids(1, 9)
+    with on_device(folder, 400) as model:
+        generate(model, ids)
+        side = side_of(model)
+        before = side.stats()
+        waits = []
+        monkeypatch.setattr(type(side.accelerator.compute), "synchronize", lambda stream: waits.append(stream))
+        same(model, folder, ids)
+        after = side.stats()
+        layers = len(model.offload.spec.layers)
+        assert not waits
+        assert [new.whole - old.whole for new, old in zip(after.layers, before.layers, strict=True)] == [8] * layers
+        assert [new.calls - old.calls for new, old in zip(after.layers, before.layers, strict=True)] == [0] * layers
+        assert after.hit_rate == 1.0 and after.steps >= 16
+        assert f"run {16 * layers} times without waiting" in str(stats_table(after)[0])
+
+
+def test_whole_layers_and_others_take_turns(checkpoint: Checkpoints, kernels: Counted) -> None:
+    """Long prompts go through the dispatcher; memory that is given up makes tables void."""
+    folder = checkpoint("qwen3_moe", num_experts=16)
+    long, short = tiny_models.token_ids(1, FEW_TOKENS + 5), tiny_models.token_ids(3, 7)
+    with on_device(folder, 400, contexts=12) as model:
+        same(model, folder, long, max_new_tokens=3)
+        same(model, folder, short, num_beams=2)
+        side = side_of(model)
+        whole = sum(layer.whole for layer in side.stats().layers)
+        assert whole > 0
+        while len(side.slots) >= 16 * len(model.offload.spec.layers):
+            assert side.give_up_slots()
+        same(model, folder, short)
+        assert sum(layer.whole for layer in side.stats().layers) == whole
