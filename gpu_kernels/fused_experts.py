@@ -110,6 +110,14 @@ class FusedExperts:
     def _block_bytes(self, cols: int) -> np.uint64:
         return np.uint64(matrix_bytes(self.record.dtype, 32, cols, self.record.group))
 
+    def compile(self) -> None:
+        """Compile all kernels now, rather than when the first token needs them. KernelError where that fails."""
+        for name in ("export_layer", "join"):
+            self._kernels.get("routing.cu", name)
+        for tile in TILES:
+            for name in ("gate_up", "down"):
+                self._kernels.get(*self._named(name, tile))
+
     def workspace(self, tokens: int, top_k: int) -> Workspace:
         """The workspace for T tokens with K choices each. Raises ValueError for more than `MAX_PAIRS` pairs."""
         pairs = tokens * top_k
@@ -207,20 +215,22 @@ class FusedExperts:
         tile: int,
     ) -> None:
         record, work = self.record, self._parts(space, memory)
-        if self._packed:
-            source, variant = "packed_experts.cu", ("FORMAT", PACKED_TYPES.index(record.dtype))
-        else:
-            source, variant = "stored_experts.cu", ("ELEMENT", TYPES[ELEMENT_TYPES[record.dtype]])
-        macros = (variant, ("TILE", tile))
-        self._kernels.get(source, "gate_up", macros)(
+        self._kernels.get(*self._named("gate_up", tile))(
             (_up(record.intermediate_size, 32) // 32, count), (32 * self._warps(record.hidden_size),),
             (jobs, table, work.expert, work.pairs, work.top_k, work.x, work.x_stride, work.h, work.h_stride, work.done,
              *self._gate_up_sizes),
         )  # fmt: skip
-        self._kernels.get(source, "down", macros)(
+        self._kernels.get(*self._named("down", tile))(
             (_up(record.hidden_size, 32) // 32, count), (32 * self._warps(record.intermediate_size),),
             (jobs, table, work.expert, work.pairs, work.h, work.h_stride, work.partial, *self._down_sizes),
         )  # fmt: skip
+
+    def _named(self, name: str, tile: int) -> tuple[str, str, Macros]:
+        """The kernel of this format, as `Kernels.get` wants it."""
+        dtype = self.record.dtype
+        if self._packed:
+            return "packed_experts.cu", name, (("FORMAT", PACKED_TYPES.index(dtype)), ("TILE", tile))
+        return "stored_experts.cu", name, (("ELEMENT", TYPES[ELEMENT_TYPES[dtype]]), ("TILE", tile))
 
     def _parts(self, space: Workspace, memory: torch.Tensor) -> "_Parts":
         """Views are kept: making them takes the host longer than starting a kernel."""

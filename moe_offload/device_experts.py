@@ -7,12 +7,21 @@
 A virtual device computes by torch's operations and counts the launches of the kernels that a real one would start.
 """
 
+from collections.abc import Iterable
+
 import torch
 
+from moe_offload.cpu_kernels.layout import Activation
+from moe_offload.cpu_kernels.packed_layout import ExpertRecord
+from moe_offload.expert_kernels import expert_kernels, say_without
 from moe_offload.gpu_kernels.fused_experts import MAX_JOBS, FusedExperts, Workspace, fits
-from moe_offload.gpu_kernels.launch import Kernels
+from moe_offload.gpu_kernels.launch import KernelError, Kernels
 from moe_offload.gpu_kernels.tiled_experts import TiledExperts
 from moe_offload.gpu_kernels.torch_experts import DeviceActivation, DeviceRecord, TorchExperts
+from moe_offload.options import Progress
+from moe_offload.transfer.accelerator import Accelerator
+
+Kind = tuple[ExpertRecord, Activation, int]  # and how many experts a layer has
 
 # More than so many tokens are worth a matrix product. Chosen, not measured: benchmarks.gpu prints where the two cross.
 FEW_TOKENS = 64
@@ -68,3 +77,38 @@ class DeviceExperts:
         if tokens <= FEW_TOKENS and fits(tokens, top_k):
             return FUSED_LAUNCHES * -(-experts // MAX_JOBS)
         return TILED_LAUNCHES * experts
+
+
+def device_experts(
+    accelerator: Accelerator, kinds: Iterable[Kind], compute: torch.dtype, progress: Progress | None
+) -> tuple[Kernels | None, dict[Kind, DeviceExperts]]:
+    """What computes experts of these kinds on `accelerator`: with our kernels, compiled, or without where that fails,
+    which is said.
+    """
+    kinds, kernels = list(kinds), expert_kernels(accelerator)
+    if kernels is not None:
+        try:
+            return kernels, _made(kinds, compute, kernels, progress)
+        except KernelError as error:
+            say_without(accelerator.name, str(error))
+    return None, _made(kinds, compute, None, progress)
+
+
+def _made(
+    kinds: list[Kind], compute: torch.dtype, kernels: Kernels | None, progress: Progress | None
+) -> dict[Kind, DeviceExperts]:
+    found = {}
+    for done, kind in enumerate(kinds):
+        record, activation, num_experts = kind
+        found[kind] = experts = DeviceExperts(
+            DeviceRecord(
+                record.hidden_size, record.intermediate_size, record.dtype, record.gated, record.bias, record.group,
+                record.offsets, record.nbytes,
+            ),
+            DeviceActivation(activation.kind, activation.alpha, activation.limit), compute, kernels, num_experts,
+        )  # fmt: skip
+        if experts.fused is not None:
+            if progress is not None:
+                progress("compiling kernels (GPU)", done, len(kinds))
+            experts.fused.compile()
+    return found

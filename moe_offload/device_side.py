@@ -26,14 +26,12 @@ from moe_offload.cpu_kernels.packed_layout import ExpertRecord
 from moe_offload.cpu_kernels.team import Team
 from moe_offload.cpu_layer import CpuLayer, PackedLayer
 from moe_offload.device_costs import measure_costs
-from moe_offload.device_experts import DeviceExperts
+from moe_offload.device_experts import device_experts
 from moe_offload.device_kv import AttentionWork, SlotBook
 from moe_offload.device_modules import DeviceModules, device_bytes
 from moe_offload.device_stats import DeviceStats, device_stats
 from moe_offload.dispatch_parts import Parts
 from moe_offload.dispatcher import Dispatcher
-from moe_offload.expert_kernels import expert_kernels
-from moe_offload.gpu_kernels.torch_experts import DeviceActivation, DeviceRecord
 from moe_offload.kv_placement import KvPlacement
 from moe_offload.layer_tensors import LayerParts, LayerTensors
 from moe_offload.learned_forecast import LearnedForecast, step_of
@@ -138,18 +136,19 @@ class DeviceSide:
         except ValueError as error:
             raise NotEnoughMemoryError(f"ram (--ram) is too little: {error}") from error
         compute = torch.float32 if accelerator.simulated else dtype
-        self.kernels = expert_kernels(accelerator)
-        made: dict[tuple[ExpertRecord, Activation, int], DeviceExperts] = {}
-        self._parts = []
-        for at, layer in enumerate(layers):
-            key = layer.record, layer.activation, layer.cpu.num_experts
-            if key not in made:
-                record, activation = device_record(layer.record), device_activation(layer.activation)
-                made[key] = DeviceExperts(record, activation, compute, self.kernels, layer.cpu.num_experts)
-            part = LayerParts(
-                layer.cpu, made[key], layer.record.nbytes, 2 * spec.layers[at].params_per_expert, layer.cpu.num_experts
+        self.kernels, experts = device_experts(
+            accelerator,
+            {(layer.record, layer.activation, layer.cpu.num_experts) for layer in layers},
+            compute,
+            progress,
+        )
+        self._parts = [
+            LayerParts(
+                layer.cpu, experts[layer.record, layer.activation, layer.cpu.num_experts], layer.record.nbytes,
+                2 * spec.layers[at].params_per_expert, layer.cpu.num_experts,
             )
-            self._parts.append(part)
+            for at, layer in enumerate(layers)
+        ]  # fmt: skip
         try:
             accelerator.reserve(self._dense_bytes, "non-expert weights")
             self._tensors = LayerTensors(
@@ -169,11 +168,11 @@ class DeviceSide:
                 f"{LEAST_SLOTS} experts need {format_bytes(least)}: raise gpu_memory (--gpu-memory), or take device cpu"
             ) from error
         self.queue: CopyQueue[tuple[int, int]] = CopyQueue(accelerator)
-        experts = [layer.cpu.num_experts for layer in layers]
+        counts = [layer.cpu.num_experts for layer in layers]
         cache = ExpertCache(
-            len(layers), experts, len(self.slots), EVICTIONS[self.policy.eviction](), record_bytes=record_bytes
+            len(layers), counts, len(self.slots), EVICTIONS[self.policy.eviction](), record_bytes=record_bytes
         )
-        self.forecast = PredictedUse(RecentUse(len(layers), max(experts), top_k=top_k), len(layers))
+        self.forecast = PredictedUse(RecentUse(len(layers), max(counts), top_k=top_k), len(layers))
         self.learned: LearnedForecast | None = None
         parts = Parts(
             accelerator, self.slots, cache, self.queue, self.store, self.costs, kinds, record_bytes, self.forecast
@@ -395,16 +394,3 @@ class _ModelWork:
 
 def _nothing() -> None:
     pass
-
-
-def device_record(record: ExpertRecord) -> DeviceRecord:
-    """An expert's record as the device's code takes it."""
-    return DeviceRecord(
-        record.hidden_size, record.intermediate_size, record.dtype, record.gated, record.bias, record.group,
-        record.offsets, record.nbytes,
-    )  # fmt: skip
-
-
-def device_activation(activation: Activation) -> DeviceActivation:
-    """Likewise."""
-    return DeviceActivation(activation.kind, activation.alpha, activation.limit)

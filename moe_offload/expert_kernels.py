@@ -34,10 +34,11 @@ def expert_kernels(accelerator: Accelerator) -> Kernels | None:
             return CupyKernels(index)
         except KernelError as error:
             problem = f"{error} (see what moe-offload doctor says)"
-    _say(accelerator.name, problem)
+    say_without(accelerator.name, problem)
     return None
 
 
 @cache
-def _say(device: str, problem: str) -> None:
+def say_without(device: str, problem: str) -> None:
+    """Warn, once for each problem, that there are no kernels for the device."""
     logger.warning("experts on %s run by torch's operations, which is slower than our kernels: %s", device, problem)

@@ -346,7 +346,7 @@ class _RealCard(VirtualAccelerator):
 
 @pytest.fixture
 def real_card(monkeypatch: pytest.MonkeyPatch) -> _RealCard:
-    expert_kernels._say.cache_clear()
+    expert_kernels.say_without.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", {1: (6, 1)}.__getitem__)
     return _RealCard()
 

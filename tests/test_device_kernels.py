@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 
 from moe_offload.device_experts import FEW_TOKENS
 from moe_offload.device_stats import stats_table
+from moe_offload.expert_kernels import say_without
+from moe_offload.gpu_kernels.launch import KernelError
 from tests import tiny_models
 from tests.conftest import Checkpoints
 from tests.device_cases import expected, generate, on_cpu, on_device, padded, side_of
@@ -40,7 +42,7 @@ class Counted(HostKernels):
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counted]:
     found = Counted()
-    monkeypatch.setattr("moe_offload.device_side.expert_kernels", lambda accelerator: found)
+    monkeypatch.setattr("moe_offload.device_experts.expert_kernels", lambda accelerator: found)
     yield found
 
 
@@ -167,3 +169,20 @@ def test_whole_layers_and_others_take_turns(checkpoint: Checkpoints, kernels: Co
             assert side.give_up_slots()
         same(model, folder, short)
         assert sum(layer.whole for layer in side.stats().layers) == whole
+
+
+def test_kernels_that_cannot_be_compiled_are_done_without(
+    checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken(HostKernels):
+        def get(self, source: str, name: str, macros: tuple[tuple[str, int], ...] = ()) -> Any:
+            raise KernelError(f"{source} cannot be compiled: no such card")
+
+    monkeypatch.setattr("moe_offload.device_experts.expert_kernels", lambda accelerator: Broken())
+    say_without.cache_clear()
+    folder = checkpoint("qwen3_moe")
+    with on_device(folder, 16) as model:
+        same(model, folder, tiny_models.token_ids(1, 9))
+        assert side_of(model).kernels is None
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 1 and "torch's operations" in warnings[0] and "no such card" in warnings[0]
