@@ -99,17 +99,22 @@ def _ours(bench: Bench, query: torch.Tensor, caches: Caches) -> list[Call]:
     ours = DecodeAttention(bench.kernels, shape, bench.processors)
     size = ours.workspace_size(1, caches.keys[0].shape[2])
     work = torch.empty(size, dtype=torch.float32, device=bench.device)
-    scales = {} if caches.scales is None else {"key_scales": caches.scales, "value_scales": caches.scales}
-    found = ours(query, caches.keys[0], caches.values[0], workspace=work, **scales)
+
+    def run(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        return ours(query, keys, values, key_scales=caches.scales, value_scales=caches.scales, workspace=work)
+
+    found = run(caches.keys[0], caches.values[0])
     expected = _folded(query.to(torch.float32), *caches.plain(torch.float32))
     off = (found.to(torch.float32) - expected).abs().max() / expected.abs().max()
     if not off <= _ROUNDED:
         raise RuntimeError(f"attention over {shape.kv_type} is off by {float(off):.1e} of the largest output")
+    return [partial(_attend, run, *pair) for pair in zip(caches.keys, caches.values, strict=True)]
 
-    def run(keys: torch.Tensor, values: torch.Tensor) -> None:
-        ours(query, keys, values, workspace=work, **scales)
 
-    return [partial(run, *pair) for pair in zip(caches.keys, caches.values, strict=True)]
+def _attend(
+    run: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], keys: torch.Tensor, values: torch.Tensor
+) -> None:
+    run(keys, values)
 
 
 def _run(

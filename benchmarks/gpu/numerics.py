@@ -20,7 +20,10 @@ def gpu_tests(files: tuple[str, ...] = ("tests",)) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", f"--junitxml={report}", *files]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=_PATIENCE)
+        try:
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=_PATIENCE)
+        except subprocess.TimeoutExpired:
+            return {"error": f"stopped after {_PATIENCE} s"}
         if not report.exists():
             return {"exit_code": done.returncode, "error": (done.stdout + done.stderr)[-2000:]}
         return {"exit_code": done.returncode, **counted(report.read_text())}

@@ -173,7 +173,7 @@ def attention(kernels: Kernels, device: torch.device, *, macros: Macros, turn: i
     query = torch.from_numpy(rng.standard_normal((2, shape.q_heads, shape.head_size))).to(query_type)
     starts = torch.tensor([0, 9], dtype=torch.int32)
     keys, values = (_kept(rng, (2, 2, length, size), shape.kv_type) for size in (shape.head_size, shape.value_size))
-    scales = [None, None]
+    scales: list[torch.Tensor | None] = [None, None]
     if shape.kv_type == torch.int8:
         scales = [torch.from_numpy(rng.random((2, 2, length)) / 60).to(torch.float16) for _ in range(2)]
     sinks = torch.from_numpy(rng.standard_normal(shape.q_heads).astype(np.float32)) if turn % 3 == 0 else None

@@ -1,8 +1,12 @@
 """`benchmarks.gpu` where there is no card: what of it can be wrong without one."""
 
 import json
+import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -101,6 +105,51 @@ def test_calls_that_wait_for_the_device_are_told(fake: FakeCard) -> None:
     assert series["waits"].to_dict()["host_bound"] and not series["plain"].to_dict()["host_bound"]
 
 
+def test_a_graph_is_captured_behind_a_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And keeps what it works on alive."""
+    said: list[str] = []
+
+    class Graph:
+        def replay(self) -> None:
+            said.append("replay")
+
+    @contextmanager
+    def capture(graph: Graph) -> Iterator[None]:
+        said.append("begin")
+        yield
+        said.append("end")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: said.append("wait"))
+    tensor = torch.ones(1)
+    alive = weakref.ref(tensor)
+    replay = CudaTimer(CPU).captured(partial(lambda kept: said.append("call"), tensor))
+    del tensor
+    replay()
+    assert said == ["call", "wait", "begin", "call", "end", "replay"]
+    assert alive() is not None
+
+
+def test_a_card_says_its_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = SimpleNamespace(major=6, minor=1, multi_processor_count=28, L2_cache_size=2 << 20, name="a card")
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100 << 20, 200 << 20))
+    monkeypatch.setattr("moe_offload.gpu_kernels.cupy_kernels.CupyKernels", lambda index: HostKernels())
+    here = Bench.of_card(0)
+    assert (here.capability, here.processors, here.cache_bytes) == ((6, 1), 28, 2 << 20)
+    assert here.on_card and here.half == torch.float16
+    assert here.copies(1 << 20, 3) == 10  # five caches
+    assert here.copies(1 << 20, 70) == 50  # half of what is free
+    with pytest.raises(MemoryError, match=str(60 << 20)):
+        here.copies(60 << 20, 1)
+    del card.L2_cache_size
+    assert Bench.of_card(0).cache_bytes == 64 << 20
+
+
 def test_contestants_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     series = take_turns(WallTimer(), {name: [lambda name=name: order.append(name)] for name in "ab"}, 3)  # type: ignore[misc]
@@ -181,12 +230,12 @@ def test_verdicts_of_the_sanitizer(script: str, verdict: str, tmp_path: Path, mo
     program = tmp_path / "compute-sanitizer"
     program.write_text(f'#!/bin/sh\n[ "$PYTORCH_NO_CUDA_MEMORY_CACHING" = 1 ] || exit 1\n{script}\n')
     program.chmod(0o755)
-    monkeypatch.setattr(numerics.shutil, "which", lambda name: str(program))
+    monkeypatch.setattr("shutil.which", lambda name: str(program))
     assert numerics.sanitized() == {"memcheck": verdict, "racecheck": verdict}
 
 
 def test_no_sanitizer_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(numerics.shutil, "which", lambda name: None)
+    monkeypatch.setattr("shutil.which", lambda name: None)
     assert all(verdict.startswith("not available") for verdict in numerics.sanitized().values())
 
 
@@ -220,11 +269,13 @@ def test_a_card_s_run_writes_everything(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(command, "cuda_problem", lambda facts, index: None)
     monkeypatch.setattr(command, "cupy_problem", lambda: None)
     monkeypatch.setattr(Bench, "of_card", lambda index: here)
-    monkeypatch.setitem(command.SECTIONS, "crossover", ("fails", lambda bench, rate: 1 / 0))  # type: ignore[misc]
+    monkeypatch.setitem(command.SECTIONS, "crossover", ("fails", lambda bench, rate: 1 / 0))
     target = tmp_path / "gpu.json"
-    found = run("--json", str(target), "--only", "few_tokens,crossover")
+    monkeypatch.setattr(command, "gpu_tests", lambda: {"passed": 3})
+    found = run("--json", str(target), "--only", "few_tokens,crossover,numerics")
     assert found.exit_code == 1, found.output
     written = json.loads(target.read_text())
-    assert written["machine"]["torch"] and written["sections"] == ["few_tokens", "crossover"]
+    assert written["machine"]["torch"] and written["sections"] == ["few_tokens", "crossover", "numerics"]
+    assert written["gpu_tests"] == {"passed": 3} and set(written["compute_sanitizer"]) == {"memcheck", "racecheck"}
     assert written["crossover"] == [] and "ZeroDivisionError" in written["left_out"][0]
     assert {"gb_per_s", "percent_of_copy", "us_median"} <= set(written["few_tokens"][0])
