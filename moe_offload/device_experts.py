@@ -16,7 +16,7 @@ from moe_offload.cpu_kernels.packed_layout import ExpertRecord
 from moe_offload.expert_kernels import expert_kernels, say_without
 from moe_offload.gpu_kernels.fused_experts import MAX_JOBS, FusedExperts, Workspace, fits
 from moe_offload.gpu_kernels.launch import KernelError, Kernels
-from moe_offload.gpu_kernels.tiled_experts import TiledExperts
+from moe_offload.gpu_kernels.tiled_experts import TiledExperts, compute_type
 from moe_offload.gpu_kernels.torch_experts import DeviceActivation, DeviceRecord, TorchExperts
 from moe_offload.options import Progress
 from moe_offload.transfer.accelerator import Accelerator
@@ -79,26 +79,41 @@ class DeviceExperts:
         return TILED_LAUNCHES * experts
 
 
+def product_type(capability: tuple[int, int] | None, stored: str, dtype: torch.dtype) -> torch.dtype:
+    """What products with many tokens are computed in: float32 on the CPU (capability None); else what the card is good
+    at for a model of `dtype`, but for experts that are stored with more range than float16 has: those are not looked
+    through for what would be infinite.
+    """
+    if capability is None:
+        return torch.float32
+    found = compute_type(capability, dtype)
+    return torch.float32 if found == torch.float16 and stored in ("bf16", "f32") else found
+
+
 def device_experts(
-    accelerator: Accelerator, kinds: Iterable[Kind], compute: torch.dtype, progress: Progress | None
+    accelerator: Accelerator, kinds: Iterable[Kind], dtype: torch.dtype, progress: Progress | None
 ) -> tuple[Kernels | None, dict[Kind, DeviceExperts]]:
-    """What computes experts of these kinds on `accelerator`: with our kernels, compiled, or without where that fails,
-    which is said.
+    """What computes a `dtype` model's experts of these kinds on `accelerator`: with our kernels, compiled, or without
+    where that fails, which is said.
     """
     kinds, kernels = list(kinds), expert_kernels(accelerator)
+    device, capability = accelerator.torch_device, None
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+    computes = {kind: product_type(capability, kind[0].dtype, dtype) for kind in kinds}
     if kernels is not None:
         try:
-            return kernels, _made(kinds, compute, kernels, progress)
+            return kernels, _made(computes, kernels, progress)
         except KernelError as error:
             say_without(accelerator.name, str(error))
-    return None, _made(kinds, compute, None, progress)
+    return None, _made(computes, None, progress)
 
 
 def _made(
-    kinds: list[Kind], compute: torch.dtype, kernels: Kernels | None, progress: Progress | None
+    computes: dict[Kind, torch.dtype], kernels: Kernels | None, progress: Progress | None
 ) -> dict[Kind, DeviceExperts]:
     found = {}
-    for done, kind in enumerate(kinds):
+    for done, (kind, compute) in enumerate(computes.items()):
         record, activation, num_experts = kind
         found[kind] = experts = DeviceExperts(
             DeviceRecord(
@@ -109,6 +124,6 @@ def _made(
         )  # fmt: skip
         if experts.fused is not None:
             if progress is not None:
-                progress("compiling kernels (GPU)", done, len(kinds))
+                progress("compiling kernels (GPU)", done, len(computes))
             experts.fused.compile()
     return found

@@ -26,6 +26,7 @@ from moe_offload.cpu_kernels.packed_layout import ExpertRecord
 from moe_offload.cpu_kernels.team import Team
 from moe_offload.cpu_layer import CpuLayer, PackedLayer
 from moe_offload.device_costs import measure_costs
+from moe_offload.device_decode_attention import DeviceDecode
 from moe_offload.device_experts import device_experts
 from moe_offload.device_kv import AttentionWork, SlotBook
 from moe_offload.device_modules import DeviceModules, device_bytes
@@ -135,7 +136,6 @@ class DeviceSide:
             )  # fmt: skip
         except ValueError as error:
             raise NotEnoughMemoryError(f"ram (--ram) is too little: {error}") from error
-        compute = torch.float32 if accelerator.simulated else dtype
         self.kernels, experts = device_experts(
             accelerator,
             {(layer.record, layer.activation, layer.cpu.num_experts) for layer in layers},
@@ -315,7 +315,8 @@ class DeviceSide:
         layers = attention_layers(model)
         itemsize = self._dtype.itemsize
         self.attention = AttentionWork(self.accelerator, layers, itemsize, team)
-        device_attention.attach(model, self.attention, team)
+        decode = DeviceDecode.on(self.kernels, self.accelerator.torch_device)
+        device_attention.attach(model, self.attention, team, decode)
         self.placement = KvPlacement(self.accelerator, layers, self.attention, SlotBook(self, LEAST_SLOTS), itemsize)
         obstacles = sorted({layer.obstacle for layer in layers if layer.obstacle})
         if obstacles:

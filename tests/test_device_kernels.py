@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from moe_offload.device_experts import FEW_TOKENS
+from moe_offload.device_experts import FEW_TOKENS, product_type
 from moe_offload.device_stats import stats_table
 from moe_offload.expert_kernels import say_without
 from moe_offload.gpu_kernels.launch import KernelError
@@ -186,3 +186,23 @@ def test_kernels_that_cannot_be_compiled_are_done_without(
         assert side_of(model).kernels is None
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == 1 and "torch's operations" in warnings[0] and "no such card" in warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("capability", "stored", "dtype", "wanted"),
+    [
+        (None, "int4", torch.bfloat16, torch.float32),  # a virtual device computes on the CPU
+        ((6, 1), "int4", torch.float16, torch.float32),  # a GTX 1080 Ti
+        ((7, 0), "int4", torch.float16, torch.float16),  # a V100
+        ((7, 5), "bf16", torch.float16, torch.float32),  # a T4, weights that may not fit
+        ((7, 5), "f16", torch.float16, torch.float16),
+        ((8, 6), "bf16", torch.bfloat16, torch.bfloat16),
+        ((8, 6), "mxfp4", torch.bfloat16, torch.bfloat16),
+        ((9, 0), "f16", torch.float16, torch.float16),
+        ((9, 0), "f32", torch.float32, torch.float32),
+    ],
+)
+def test_what_products_are_computed_in(
+    capability: tuple[int, int] | None, stored: str, dtype: torch.dtype, wanted: torch.dtype
+) -> None:
+    assert product_type(capability, stored, dtype) == wanted
