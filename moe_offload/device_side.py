@@ -136,15 +136,11 @@ class DeviceSide:
             )  # fmt: skip
         except ValueError as error:
             raise NotEnoughMemoryError(f"ram (--ram) is too little: {error}") from error
-        self.kernels, experts = device_experts(
-            accelerator,
-            {(layer.record, layer.activation, layer.cpu.num_experts) for layer in layers},
-            compute,
-            progress,
-        )
+        wanted = [(layer.record, layer.activation, layer.cpu.num_experts) for layer in layers]
+        self.kernels, experts = device_experts(accelerator, dict.fromkeys(wanted), dtype, progress)
         self._parts = [
             LayerParts(
-                layer.cpu, experts[layer.record, layer.activation, layer.cpu.num_experts], layer.record.nbytes,
+                layer.cpu, experts[wanted[at]], layer.record.nbytes,
                 2 * spec.layers[at].params_per_expert, layer.cpu.num_experts,
             )
             for at, layer in enumerate(layers)
