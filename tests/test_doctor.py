@@ -116,6 +116,13 @@ def test_machines_that_are_all_right(facts: MachineFacts, usable: tuple[int, ...
             machine(A100, cupy=replace(CUPY12, wheels=(*CUPY12.wheels, *CUPY13.wheels))),
             (0,), [], [f"pip uninstall -y cupy-cuda12x cupy-cuda13x && {INSTALL12}"],
         ),
+        (machine(T4, GTX1080TI, cupy=CUPY13), (0, 1), [], [f"pip uninstall -y cupy-cuda13x && {INSTALL12}"]),
+        (
+            machine(A100, cupy=CUPY13, driver=(535, 183, 1)),
+            (0,), [], [f"pip uninstall -y cupy-cuda13x && {INSTALL12}"],
+        ),
+        # which of them is not driven nobody can say
+        (with_driver(machine(A100, replace(T4, bus=None)), on_bus=("0000:01:00.0", "0000:02:00.0")), (0, 1), [], []),
         # torch for the CPU alone: the build that fits card and driver, and CuPy for that build
         (machine(GTX1080TI, torch=("2.13.0+cpu", None, ()), seen=False), (), [TORCH12], []),
         (machine(A100, torch=("2.13.0+cpu", None, ()), seen=False, cupy=NO_CUPY), (), [TORCH13], [INSTALL13]),
