@@ -99,7 +99,8 @@ def make_case(
 ) -> Case:
     """Random inputs; queries of the type of keys and values, or f32 where those are int8."""
     draw = torch.Generator().manual_seed(seed)
-    int8, options = shape.kv_type == torch.int8, {}
+    int8 = shape.kv_type == torch.int8
+    options: dict[str, Any] = {}
     query_type = query_type or (torch.float32 if int8 else shape.kv_type)
     query = torch.randn(batch, shape.q_heads, shape.head_size, generator=draw).to(query_type)
     both = []

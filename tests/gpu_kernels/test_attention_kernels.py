@@ -60,8 +60,8 @@ class Sizes:
 @pytest.mark.parametrize("arch", [600, 610])
 @pytest.mark.parametrize("kv_type", KV_TYPES, ids=str)
 def test_all_types(kv_type: torch.dtype, arch: int) -> None:
-    case = make_case(replace(PLAIN, kv_type=kv_type), 2, 75, starts=[0, 11], with_sinks=True)
-    for order in ORDERS:
+    case = make_case(replace(PLAIN, kv_type=kv_type), 2, 45, starts=[0, 11], with_sinks=True)
+    for order in (1, 2):
         kernels = HostKernels(order, arch)
         for splits in (1, 3):
             case.check(case.run(kernels, splits))
@@ -76,7 +76,7 @@ def test_all_shapes(shape: DecodeShape, length: int) -> None:
 
 
 @given(st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_whatever_is_asked_for(data: st.DataObject) -> None:
     shape = data.draw(st.sampled_from(SHAPES), "shape")
     batch, length = data.draw(st.integers(1, 3), "batch"), data.draw(st.integers(1, 90), "length")
@@ -117,8 +117,8 @@ def test_the_order_of_threads_and_blocks_changes_no_bit() -> None:
 
 
 def test_the_number_of_splits_changes_roundings_only() -> None:
-    case = make_case(replace(PLAIN, kv_type=F32), 2, 200, starts=[3, 170])
-    for splits in (1, 2, 3, 7, 20, 128):
+    case = make_case(replace(PLAIN, kv_type=F32), 2, 130, starts=[3, 100])
+    for splits in (1, 2, 3, 7, 128):
         case.check(case.run(HostKernels(), splits))
 
 
@@ -353,7 +353,7 @@ def test_tensors_that_are_refused(name: str, message: str) -> None:
 @pytest.mark.parametrize("wrong", ["none", "one", "shape", "type", "two types"])
 def test_scales_that_are_refused(wrong: str) -> None:
     case = make_case(replace(PLAIN, kv_type=INT8), 2, 9)
-    options = {
+    options: dict[str, Any] = {
         "none": {},
         "one": dict(key_scales=torch.ones(2, 2, 9)),
         "shape": dict.fromkeys(case.options, torch.ones(2, 2, 8)),
