@@ -50,7 +50,7 @@ class NumericPaths:
     @property
     def bf16_checkpoints(self) -> str:
         """What becomes of weights stored in bf16."""
-        return "as stored" if self.bf16 else "experts as stored, the rest in f16, or f32 where f16 ends too early"
+        return "as stored" if self.bf16 else "experts as stored; the rest in f16, or f32 if out of range"
 
 
 def numeric_paths(capability: Capability, name: str = "") -> NumericPaths:
