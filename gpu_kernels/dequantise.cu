@@ -99,7 +99,7 @@ dequantise(const u8* __restrict__ data, void* __restrict__ out, int rows, int co
     int record = (first + 4 * quad) >> span_bits;
     if (record < records) {
         const u8* content = data + ((u64)blockIdx.y * records + record) * (u64)(span / 4 * ROW_BYTES + SCALE_BYTES);
-        int row = ((first + 4 * quad) & (span - 1)) >> 2;
+        int row = quad & (span / 4 - 1);  // of the record: a block begins with one
         uint4 loaded = *(const uint4*)(content + row * ROW_BYTES + 16 * piece);
         u32 codes[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
         const SCALES* scales = (const SCALES*)(content + span / 4 * ROW_BYTES) + piece;
