@@ -2,8 +2,9 @@
 
 NVML knows cards that torch does not see, and how a card is connected; it comes with the package nvidia-ml-py, which may
 be missing. Its order of cards is that of the bus, CUDA's may be another: cards are matched by their UUID or their place
-on the bus, never by number. Every probe may fail, and what it would have said is None then. Never run with a card by us:
-only with stand-ins for NVML, torch and the system's files.
+on the bus, never by number. Every probe may fail, and what it would have said is None then.
+
+Never run with a card by us: only with stand-ins for NVML, torch and the system's files.
 """
 
 from collections.abc import Sequence
