@@ -4,7 +4,6 @@ import gc
 import json
 import logging
 import os
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,7 +107,7 @@ class _Source:
         try:
             loaded, info = model_class(self.config).from_pretrained(
                 self.folder,
-                config=deepcopy(self.config),  # which is told the dtype
+                config=self.config,
                 dtype=dtype,
                 quantization_config=ours,
                 output_loading_info=True,

@@ -137,6 +137,12 @@ def test_every_bf16_number_as_torch_converts_it(tmp_path: Path) -> None:
     assert facts == RangeFacts(len(fitting), _truth(fitting)[0])  # infinities and NaN stay what they are
 
 
+@pytest.mark.parametrize(("number", "fits"), [(65280.0, True), (-65280.0, True), (65536.0, False), (-65536.0, False)])
+def test_where_bf16_ceases_to_fit(number: float, fits: bool, tmp_path: Path) -> None:
+    facts = _facts(tmp_path, one=torch.tensor([1.0, number, float("inf")], dtype=BF16))
+    assert facts == (RangeFacts(3) if fits else RangeFacts(3, 0, "one", 65536.0))
+
+
 EDGES = [0.0, 65504.0, 65519.0, 65519.996, 65520.0, 65536.0, 1e5, 3e38, 2.0**-24, 2.0**-25, 2.9803e-8, 2.9e-8, 1e-40]
 
 
@@ -167,7 +173,8 @@ def test_fp8_is_judged_by_its_scales(scale: float, fits: bool, tmp_path: Path) -
 
 def test_progress_reaches_the_end(tmp_path: Path) -> None:
     save_file({"a": torch.ones(3_000_000, dtype=BF16), "b": torch.ones(7)}, tmp_path / "model.safetensors")
-    checkpoint, seen = Checkpoint.open(tmp_path), []
+    checkpoint = Checkpoint.open(tmp_path)
+    seen: list[tuple[int, int]] = []
     check_range(checkpoint, list(checkpoint.records.values()), lambda done, total: seen.append((done, total)))
     checkpoint.close()
     assert len(seen) > 3 and seen == sorted(seen) and seen[-1] == (6_000_028, 6_000_028)

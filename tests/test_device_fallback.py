@@ -366,8 +366,13 @@ def test_without_cupy_torch_runs_the_experts_and_that_is_said_once(
     case: str, real_card: _RealCard, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     facts, words = CUPY[case]
-    asked: list[Any] = []
-    monkeypatch.setattr(expert_kernels, "detect_cupy", lambda *given: asked.append(given[0]) or facts)
+    asked: list[tuple[int, int]] = []
+
+    def detect(capability: tuple[int, int], driver: tuple[int, ...] | None) -> CupyFacts:
+        asked.append(capability)
+        return facts
+
+    monkeypatch.setattr(expert_kernels, "detect_cupy", detect)
     for _ in range(3):
         assert expert_kernels.expert_kernels(real_card) is None
     said = warnings_in(caplog)
