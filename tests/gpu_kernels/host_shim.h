@@ -96,11 +96,8 @@ struct Fiber {
     uint64_t value, result;
 };
 
-#ifdef __SANITIZE_ADDRESS__
-constexpr size_t STACK = 256 << 10;  // its frames are larger
-#else
-constexpr size_t STACK = 64 << 10;
-#endif
+constexpr size_t STACK = 256 << 10;
+constexpr size_t SPARE = 64 << 10;  // of it: who gets here has used too much, and has harmed nobody yet
 constexpr uint64_t CANARY = 0x5ca1ab1e0ddba11ull;
 
 static std::vector<Fiber> fibers;
@@ -117,7 +114,7 @@ static std::unique_ptr<uint4[]> dynamic_shared;
 static size_t dynamic_bytes;
 
 static uint64_t& canary(Fiber& fiber) {
-    return *reinterpret_cast<uint64_t*>(fiber.stack.get());
+    return *reinterpret_cast<uint64_t*>(fiber.stack.get() + SPARE);
 }
 
 // AddressSanitizer has to know which stack it is on.
@@ -337,8 +334,8 @@ static void make_fibers() {
         if (fiber.state != DONE || !fiber.started) {  // new, or left behind by a launch that failed
             forget(fiber);
             fiber.started = false;
-            canary(fiber) = CANARY;
         }
+        canary(fiber) = CANARY;
         fiber.place = {"kernel", 0};
         fiber.mask = 0;
     }
@@ -448,7 +445,11 @@ static inline unsigned ballot(Place place, unsigned mask, int vote) {
     return static_cast<unsigned>(wait_for(IN_WARP, BALLOT, place, mask, vote != 0, 0));
 }
 
-static inline void sync_warp(Place place, unsigned mask = ~0u) {
+static inline unsigned mask_or_full(unsigned mask = ~0u) {
+    return mask;
+}
+
+static inline void sync_warp(Place place, unsigned mask) {
     wait_for(IN_WARP, SYNC_WARP, place, mask, 0, 0);
 }
 
@@ -468,8 +469,7 @@ static inline int barrier(Place place, Operation operation, int value) {
 #define __syncthreads_or(value) shim::barrier(SHIM_HERE, shim::BARRIER_OR, value)
 #define __syncthreads_and(value) shim::barrier(SHIM_HERE, shim::BARRIER_AND, value)
 #define __syncthreads_count(value) shim::barrier(SHIM_HERE, shim::BARRIER_COUNT, value)
-#define SHIM_SYNC_WARP(place, ...) shim::sync_warp(place, ##__VA_ARGS__)
-#define __syncwarp(...) SHIM_SYNC_WARP(SHIM_HERE, ##__VA_ARGS__)
+#define __syncwarp(...) shim::sync_warp(SHIM_HERE, shim::mask_or_full(__VA_ARGS__))
 #define __shfl_xor_sync(...) shim::shuffle_xor(SHIM_HERE, __VA_ARGS__)
 #define __shfl_down_sync(...) shim::shuffle_down(SHIM_HERE, __VA_ARGS__)
 #define __shfl_up_sync(...) shim::shuffle_up(SHIM_HERE, __VA_ARGS__)
@@ -607,13 +607,13 @@ static inline T atomicCAS(T* at, T expected, T desired) {
 
 // What host_kernels.py calls; `bound` is the kernel's __launch_bounds__.
 #define SHIM_EXPORTED extern "C" __attribute__((visibility("default")))
-#define SHIM_EXPORT(kernel, bound)                                                                            \
-    SHIM_EXPORTED const char* launch_##kernel(const unsigned* grid, const unsigned* block, size_t bytes,      \
-                                              void** parameters, int order) {                                 \
-        return shim::launch(kernel, grid, block, bytes, parameters, order);                                   \
-    }                                                                                                         \
-    SHIM_EXPORTED const char* signature_##kernel() {                                                          \
-        static const std::string text = shim::signature(kernel);                                              \
-        return text.c_str();                                                                                  \
-    }                                                                                                         \
+#define SHIM_EXPORT(kernel, bound)                                                                              \
+    SHIM_EXPORTED const char* launch_##kernel(const unsigned* shim_grid, const unsigned* shim_block,            \
+                                              size_t shim_bytes, void** shim_parameters, int shim_order) {      \
+        return shim::launch(kernel, shim_grid, shim_block, shim_bytes, shim_parameters, shim_order);            \
+    }                                                                                                           \
+    SHIM_EXPORTED const char* signature_##kernel() {                                                            \
+        static const std::string shim_text = shim::signature(kernel);                                           \
+        return shim_text.c_str();                                                                               \
+    }                                                                                                           \
     SHIM_EXPORTED int bound_##kernel() { return bound; }

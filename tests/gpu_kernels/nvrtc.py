@@ -5,13 +5,12 @@ that its launcher uses (VARIANTS of the modules of gpu_kernels), and ends with 1
 """
 
 import ctypes
-import json
 import pkgutil
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module, metadata
 from pathlib import Path
@@ -23,6 +22,7 @@ from tests.gpu_kernels.build_cache import cached
 
 # compute capabilities, by the major of the NVRTC that has to compile for them
 ARCHITECTURES = {12: (60, 61, 70, 75, 80, 86, 89, 90), 13: (100, 120)}
+MOST_SHARED = 48 << 10  # bytes of a block; the compiler lets more pass
 _WHEELS = {
     12: ("nvidia-cuda-nvrtc-cu12", "nvidia/cuda_nvrtc/lib/libnvrtc.so.12"),
     13: ("nvidia-cuda-nvrtc", "nvidia/cu13/lib/libnvrtc.so.13"),
@@ -30,6 +30,7 @@ _WHEELS = {
 _ENTRY = re.compile(r"Compiling entry function '(\w+)'")
 _FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _USED = re.compile(r"Used (\d+) registers.*?(?:(\d+) bytes smem|$)")
+_WARNING = re.compile(r"\bwarning\s*[#:]")
 _DEPRECATED = re.compile(r"architectures? .*(deprecated|removed)|-Wno-deprecated-gpu-targets", re.IGNORECASE)
 
 
@@ -64,8 +65,13 @@ class Compiled:
         if self.error:
             return [f"{where} does not compile:\n{self.error}"]
         spilling = [f"{where}: {each.kernel} spills {each.spills} bytes" for each in self.kernels if each.spills]
+        large = [
+            f"{where}: {each.kernel} takes {each.shared} bytes of shared memory; {MOST_SHARED} are given without asking"
+            for each in self.kernels
+            if each.shared > MOST_SHARED
+        ]
         none = [] if self.kernels else [f"{where} has no kernel"]
-        return [*spilling, *none, *(f"{where}: {warning}" for warning in self.warnings)]
+        return [*spilling, *large, *none, *(f"{where}: {warning}" for warning in self.warnings)]
 
 
 class Nvrtc:
@@ -145,15 +151,13 @@ def compiled_text(text: str, source: str, macros: Macros, arch: int) -> Compiled
     options = [f"-arch=sm_{arch}", *_options(macros), "--ptxas-options=-v"]
 
     def make(path: Path) -> None:
-        kernels, warnings = _report(compiler.compile(text, options, "CUBIN")[1])
-        path.write_text(json.dumps({"kernels": [asdict(each) for each in kernels], "warnings": warnings}))
+        path.write_text(compiler.compile(text, options, "CUBIN")[1])
 
     try:
-        found = json.loads(cached(".json", (compiler.version, text, options), make).read_text())
+        kernels, warnings = _report(cached(".log", (compiler.version, text, options), make).read_text())
     except KernelError as error:
         return Compiled(source, macros, arch, error=str(error))
-    kernels = tuple(Resources(**each) for each in found["kernels"])
-    return Compiled(source, macros, arch, kernels, tuple(found["warnings"]))
+    return Compiled(source, macros, arch, tuple(kernels), tuple(warnings))
 
 
 def _options(macros: Macros) -> list[str]:
@@ -170,7 +174,7 @@ def _report(log: str) -> tuple[list[Resources], list[str]]:
             frame = int(found[1]), int(found[2]), int(found[3])
         elif found := _USED.search(line):
             kernels.append(Resources(name, int(found[1]), int(found[2] or 0), frame[0], frame[1] + frame[2]))
-    warnings = [line for line in log.splitlines() if "warning" in line.lower() and not _DEPRECATED.search(line)]
+    warnings = [line for line in log.splitlines() if _WARNING.search(line) and not _DEPRECATED.search(line)]
     return kernels, warnings
 
 
