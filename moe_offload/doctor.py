@@ -37,6 +37,9 @@ def judge(facts: MachineFacts, device: DeviceChoice | None = None) -> Verdict:
     usable = tuple(card.index for card in facts.cards if card.index is not None and is_usable(facts, card))
     library = _transformers(facts.transformers)
     of_cards = _of_cards(facts) if facts.cards else [no_card(facts)]
+    if not usable and not of_cards:  # a card of which nobody knows more than its name
+        unseen = cuda_problem(facts.cuda, 0) or "no card can be used"
+        of_cards = [Finding("problem", unseen, instruction="see what nvidia-smi says")]
     findings = sorted(
         of_cards if library is None else [library, *of_cards], key=lambda each: _ORDER.index(each.severity)
     )

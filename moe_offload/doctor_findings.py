@@ -5,7 +5,7 @@ from typing import Literal
 
 from moe_offload.doctor_facts import MachineFacts
 from moe_offload.transfer.card_facts import CardFacts
-from moe_offload.transfer.find_device import NEW_CARDS, OLD_CARDS, cuda_problem
+from moe_offload.transfer.find_device import ANOTHER_TORCH, NEW_CARDS, OLD_CARDS, cuda_problem
 
 Severity = Literal["problem", "advice", "note"]
 Build = Literal["cu126", "cu130"]
@@ -16,7 +16,7 @@ LAST_FOR_VOLTA = 580  # the last driver branch for Maxwell, Pascal and Volta
 _DRIVER_OF_CUDA = {13: (580,), 12: (525, 60, 13), 11: (450, 80, 2)}
 # pip takes a torch of another build for the one that is asked for, and changes nothing: so it has to go first
 _TORCH = {
-    build: f"pip uninstall -y torch && {command}" for build, command in (("cu126", OLD_CARDS), ("cu130", NEW_CARDS))
+    build: f"{ANOTHER_TORCH} && {command}" for build, command in (("cu126", OLD_CARDS), ("cu130", NEW_CARDS))
 }
 INSTALL_DRIVER = (
     f"install NVIDIA's driver {LAST_FOR_VOLTA}, the last that drives Pascal and Volta, and restart; on Ubuntu: "

@@ -41,4 +41,4 @@ def expert_kernels(accelerator: Accelerator) -> Kernels | None:
 @cache
 def say_without(device: str, problem: str) -> None:
     """Warn, once for each problem, that there are no kernels for the device."""
-    logger.warning("experts on %s run by torch's operations, which is slower than our kernels: %s", device, problem)
+    logger.warning("experts on %s run by torch's operations instead of our kernels: %s", device, problem)

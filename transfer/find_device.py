@@ -15,6 +15,7 @@ from moe_offload.transfer.accelerator import Accelerator, DeviceError
 
 # The default wheels have no kernels for Pascal and Volta; those of CUDA 12.6 have, up to torch 2.14.
 OLD_CARDS = 'pip install "torch>=2.6,<2.15" --index-url https://download.pytorch.org/whl/cu126'
+ANOTHER_TORCH = "pip uninstall -y torch"  # before: pip takes any build of a version for the same
 NEW_CARDS = "pip install torch --index-url https://download.pytorch.org/whl/cu130"
 
 OLDEST = (6, 0)  # compute capability that our kernels are made for
@@ -110,7 +111,10 @@ def runs_on(architectures: tuple[str, ...], capability: tuple[int, int]) -> bool
 def cuda_problem(facts: CudaFacts, index: int) -> str | None:
     """Why cuda:`index` cannot be used, and what to do; None when it can."""
     if facts.cuda is None:
-        return f"torch {facts.torch} has no CUDA: for Pascal and Volta cards {OLD_CARDS}, for newer ones {NEW_CARDS}"
+        return (
+            f"torch {facts.torch} has no CUDA: {ANOTHER_TORCH}, then for Pascal and Volta cards {OLD_CARDS}, for newer "
+            f"ones {NEW_CARDS}"
+        )
     if facts.trouble is not None:
         return (
             f"CUDA does not start ({facts.trouble}): torch {facts.torch} needs an NVIDIA driver for CUDA {facts.cuda}; "
@@ -135,7 +139,7 @@ def cuda_problem(facts: CudaFacts, index: int) -> str | None:
         mend = OLD_CARDS if card.capability < (7, 5) else NEW_CARDS
         return (
             f"{card.name} (cuda:{index}) has compute capability {major}.{minor}, and torch {facts.torch} has code for "
-            f"{' '.join(facts.architectures) or 'none'} only: {mend}"
+            f"{' '.join(facts.architectures) or 'none'} only: {ANOTHER_TORCH} && {mend}"
         )
     return None
 
