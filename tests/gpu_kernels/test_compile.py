@@ -2,6 +2,8 @@
 `python -m tests.gpu_kernels.nvrtc`, which .ci/run runs.
 """
 
+from importlib import metadata
+
 import pytest
 
 from moe_offload.gpu_kernels.launch import KernelError, Macros
@@ -90,8 +92,8 @@ def test_a_source_without_variants_is_an_error(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_compiler_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> None:
-        raise nvrtc.metadata.PackageNotFoundError(name)
+        raise metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(nvrtc.metadata, "distribution", missing)
+    monkeypatch.setattr(f"{nvrtc.__name__}.metadata.distribution", missing)
     with pytest.raises(KernelError, match="no NVRTC 12: pip install nvidia-cuda-nvrtc-cu12"):
         nvrtc.Nvrtc(12)

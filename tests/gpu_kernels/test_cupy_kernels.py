@@ -22,6 +22,8 @@ from moe_offload.gpu_kernels.cupy_kernels import CupyKernels, import_cupy
 from moe_offload.gpu_kernels.launch import KernelError
 from moe_offload.gpu_kernels.sources import read_source
 
+HERE = cupy_kernels.__name__
+
 
 class CompileException(Exception):
     def __str__(self) -> str:
@@ -259,12 +261,16 @@ def test_for_old_cards_the_older_compiler_is_loaded_first(
     def load(path: str, mode: int) -> None:
         log.append((path, mode))
 
+    def import_module(name: str) -> str:
+        log.append(name)
+        return "the module"
+
     monkeypatch.delitem(sys.modules, "cupy", raising=False)
     if imported:
         monkeypatch.setitem(sys.modules, "cupy", FakeCupy())
-    monkeypatch.setattr(cupy_kernels.metadata, "distribution", distribution)
-    monkeypatch.setattr(cupy_kernels.ctypes, "CDLL", load)
-    monkeypatch.setattr(cupy_kernels.importlib, "import_module", lambda name: log.append(name) or "the module")
+    monkeypatch.setattr(f"{HERE}.metadata.distribution", distribution)
+    monkeypatch.setattr(f"{HERE}.ctypes.CDLL", load)
+    monkeypatch.setattr(f"{HERE}.importlib.import_module", import_module)
     assert import_cupy(capability) == "the module"
     library = "/site/nvidia/cuda_nvrtc/lib/libnvrtc.so.12", ctypes.RTLD_GLOBAL
     assert log == ([library] if loads else []) + ["cupy"]
@@ -275,7 +281,7 @@ def test_a_compiler_that_cannot_be_loaded_is_cupy_s_own_matter(monkeypatch: pyte
         raise OSError("no such file")
 
     monkeypatch.delitem(sys.modules, "cupy", raising=False)
-    monkeypatch.setattr(cupy_kernels.ctypes, "CDLL", fail)
-    monkeypatch.setattr(cupy_kernels.metadata, "distribution", lambda name: SimpleNamespace(locate_file=Path))
-    monkeypatch.setattr(cupy_kernels.importlib, "import_module", lambda name: "the module")
+    monkeypatch.setattr(f"{HERE}.ctypes.CDLL", fail)
+    monkeypatch.setattr(f"{HERE}.metadata.distribution", lambda name: SimpleNamespace(locate_file=Path))
+    monkeypatch.setattr(f"{HERE}.importlib.import_module", lambda name: "the module")
     assert import_cupy((6, 1)) == "the module"

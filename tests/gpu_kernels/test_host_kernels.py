@@ -401,8 +401,7 @@ def test_the_sanitizer_has_to_be_loaded_first(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_compiled_kernels_are_kept_where_nobody_else_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build_cache.tempfile, "gettempdir", lambda: str(tmp_path))
-    monkeypatch.setattr(build_cache.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     fresh = build_cache.folder.__wrapped__
     mine = fresh()
     assert mine.parent == tmp_path and mine.stat().st_mode & 0o777 == 0o700 and fresh() == mine
@@ -423,5 +422,9 @@ def test_a_build_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(KernelError):
         build_cache.cached(".so", "key", fail)
     assert not list(tmp_path.iterdir())
-    made = build_cache.cached(".so", "key", lambda path: [path.write_text("whole"), None][1])
+
+    def write(path: Path) -> None:
+        path.write_text("whole")
+
+    made = build_cache.cached(".so", "key", write)
     assert made.read_text() == "whole" and build_cache.cached(".so", "key", fail) == made

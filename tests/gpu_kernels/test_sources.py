@@ -9,7 +9,7 @@ from moe_offload.gpu_kernels import sources
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(sources.resources, "files", lambda package: tmp_path)
+    monkeypatch.setattr(f"{sources.__name__}.resources.files", lambda package: tmp_path)
     sources.read_source.cache_clear()
     return tmp_path
 
