@@ -81,6 +81,8 @@ class Nvrtc:
         wheel, name = _WHEELS[major]
         try:
             path = Path(str(metadata.distribution(wheel).locate_file(name)))
+            for builtins in path.parent.glob("libnvrtc-builtins.so.*"):  # under a sanitizer NVRTC does not find it
+                ctypes.CDLL(str(builtins))
             self._library = ctypes.CDLL(str(path))
         except (metadata.PackageNotFoundError, OSError) as error:
             raise KernelError(f"no NVRTC {major}: pip install {wheel}") from error

@@ -39,7 +39,9 @@ def test_copy():
 
 def sanitized(*arguments: str, checks: str = "address,alignment,bounds") -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, **(preloaded_sanitizer() if checks else {}), SANITIZE: checks}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--rootdir", str(ROOT), *arguments]
+    # capture=sys: what the sanitizer says before the process dies is not lost with pytest's own file for it
+    options = ["-q", "-x", "--capture=sys", "-p", "no:cacheprovider", "--rootdir", str(ROOT)]
+    command = [sys.executable, "-m", "pytest", *options, *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
