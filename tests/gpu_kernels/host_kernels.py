@@ -33,7 +33,7 @@ from tests.gpu_kernels.build_cache import cached
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to run kernels on the CPU")
 
-ORDERS = (0, 1, 2, 3)  # forward, backward, two random ones
+ORDERS = (0, 1, 2, 3)  # forward, backward, random, and one warp ahead of the others
 SANITIZE = "HOST_KERNELS_SANITIZE"  # environment variable: what HostKernels checks unless told otherwise
 _SHIM = Path(__file__).with_name("host_shim.h")
 _FLAGS = (

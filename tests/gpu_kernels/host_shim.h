@@ -276,7 +276,11 @@ struct Random {
     }
 };
 
-// 0: forward, 1: backward, more: a seed.
+// 0: forward, 1: backward, more: a seed. With an odd seed one warp runs as far as it can while the others wait, then the
+// next: where all warps run up to each other's warp operations, writes and reads of shared memory keep in step, and a
+// barrier between them is not missed.
+static bool one_warp_ahead() { return order > 1 && order % 2 == 1; }
+
 template <class Index>
 static void rearrange(std::vector<Index>& places, Random& random) {
     for (size_t i = places.size(); order > 1 && i > 1; --i) std::swap(places[i - 1], places[random.below(i)]);
@@ -300,6 +304,12 @@ __attribute__((no_sanitize("address"))) static void poison_shared() {
     if (dynamic_bytes) memset(dynamic_shared.get(), 0xff, dynamic_bytes);
 }
 
+static bool is_ready(unsigned warp) {
+    for (unsigned i = 32 * warp; i < threads && i < 32 * warp + 32; ++i)
+        if (fibers[i].state == READY) return true;
+    return false;
+}
+
 static void run_block(Random& random) {
     poison_shared();
     for (unsigned i = 0; i < threads; ++i) {
@@ -309,10 +319,14 @@ static void run_block(Random& random) {
         fiber.state = READY;
     }
     std::vector<unsigned> places = arrangement<unsigned>(threads);
+    unsigned ahead = threads;  // a thread of the warp that is: none yet
     for (bool all_done = false; !all_done && error.empty();) {
         rearrange(places, random);
+        if (one_warp_ahead() && !is_ready(ahead / 32))
+            for (unsigned i : places)
+                if (fibers[i].state == READY) ahead = i;
         for (unsigned i : places)
-            if (fibers[i].state == READY) resume(fibers[i]);
+            if (fibers[i].state == READY && (!one_warp_ahead() || i / 32 == ahead / 32)) resume(fibers[i]);
         bool progress = false;
         all_done = true;
         for (unsigned i = 0; i < threads && error.empty(); ++i) {
