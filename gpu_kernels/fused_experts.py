@@ -127,19 +127,12 @@ class FusedExperts:
             )
         hidden, inner = _up(self.record.hidden_size, 32), _up(self.record.intermediate_size, 32)
         x_stride, h_stride = (_up(2 * size + size // 8 if self._packed else 4 * size, 64) for size in (hidden, inner))
-        sizes = (
-            4 * pairs,
-            4 * pairs,
-            4 * pairs,
-            tokens * x_stride,
-            pairs * h_stride,
-            4 * pairs * self.record.hidden_size,
-        )
-        offsets = [0]
-        for size in sizes:
-            offsets.append(offsets[-1] + _up(size, 256))
-        *starts, end = offsets
-        return Workspace(tokens, top_k, x_stride, h_stride, *starts, end)
+        offsets, end = [], 0
+        for size in (*[4 * pairs] * 3, tokens * x_stride, pairs * h_stride, 4 * pairs * self.record.hidden_size):
+            offsets.append(end)
+            end += _up(size, 256)
+        expert, weight, done, x, h, partial = offsets
+        return Workspace(tokens, top_k, x_stride, h_stride, expert, weight, done, x, h, partial, end)
 
     def begin(
         self,

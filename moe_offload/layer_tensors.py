@@ -263,12 +263,10 @@ class LayerTensors:
             tiled = as_tensor(shares[0], torch.float32, *result.shape) if started else None
             if kernels is not None:
                 join(kernels, result, of_cpu, tiled)
-            elif of_cpu is None and tiled is None:
-                result.zero_()
-            elif of_cpu is None or tiled is None:
-                result.copy_(of_cpu if tiled is None else tiled)
+            elif tiled is None:
+                result.zero_() if of_cpu is None else result.copy_(of_cpu)
             else:
-                result.copy_(tiled + of_cpu)
+                result.copy_(tiled if of_cpu is None else tiled + of_cpu)
 
         work = Work(link_bytes=4 * result.numel() if cpu else 0, rows=(), launches=1)
         self._accelerator.launch(self._accelerator.compute, add, reads, (), work, "join")

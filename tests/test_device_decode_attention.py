@@ -243,7 +243,8 @@ def test_sinks_are_copied_once() -> None:
     sinks = Sinks()
     first = sinks.of(module)
     assert first is sinks.of(module) and first is not None and first.dtype == F32
-    module.sinks = None
+    del module.sinks
+    module.sinks = None  # type: ignore[assignment]
     assert sinks.of(module) is None
 
 

@@ -274,7 +274,7 @@ def test_a_finding_has_one_way_to_mend_it() -> None:
     Finding("note", "x")
     for arguments in (("problem", "x"), ("advice", "x"), ("note", "x", "y", "z")):
         with pytest.raises(ValueError, match="ways to mend it"):
-            Finding(*arguments)  # type: ignore[arg-type]
+            Finding(*arguments)
 
 
 def test_our_own_requirements_are_those_of_the_package() -> None:

@@ -25,7 +25,7 @@ class FusedCase(NamedTuple):
     activation: Activation
     experts: PackedExperts
     hidden: torch.Tensor  # [T, H]
-    index: torch.Tensor  # int64 [T, K]
+    choices: torch.Tensor  # int64 [T, K]
     weights: torch.Tensor  # f32 [T, K]
 
 
@@ -69,7 +69,7 @@ def run_fused(
 ) -> FusedRun:
     """The layer's output, with the last expert left out and ones for the CPU's share; experts in so many calls."""
     layer = fused(case, kernels)
-    tokens, top_k = case.index.shape
+    tokens, top_k = case.choices.shape
     space = layer.workspace(tokens, top_k)
     memory = torch.full((space.nbytes,), 255, dtype=torch.uint8, device=device)  # NaN wherever nothing is written
     host = HostSide(
@@ -79,7 +79,7 @@ def run_fused(
     )
     if device.type == "cuda":
         host = HostSide(*(part.pin_memory() for part in (host.hidden, host.index, host.weights)))
-    hidden, index, weights = (part.to(device) for part in (case.hidden, case.index, case.weights))
+    hidden, index, weights = (part.to(device) for part in (case.hidden, case.choices, case.weights))
     layer.begin(space, memory, hidden, index, weights, host)
     slots = slots_of(case, device)[: EXPERTS - 1]
     if by_table:
@@ -100,7 +100,7 @@ def expected(case: FusedCase) -> Floats:
     """[T, H] in float64."""
     experts, x = case.experts, case.hidden.to(torch.float64).numpy()
     out = np.ones(x.shape)
-    for t, (chosen, shares) in enumerate(zip(case.index.tolist(), case.weights.tolist(), strict=True)):
+    for t, (chosen, shares) in enumerate(zip(case.choices.tolist(), case.weights.tolist(), strict=True)):
         for e, share in zip(chosen, shares, strict=True):
             if e == EXPERTS - 1:
                 continue

@@ -43,7 +43,7 @@ def test_every_format(dtype: str, group: int, tokens: int, bias: bool) -> None:
     run = run_fused(case, HostKernels())
     check(case, run.out)
     assert torch.equal(run.host.hidden, case.hidden)
-    assert torch.equal(run.host.index, case.index) and torch.equal(run.host.weights, case.weights)
+    assert torch.equal(run.host.index, case.choices) and torch.equal(run.host.weights, case.weights)
 
 
 @pytest.mark.parametrize("kind", ACTIVATIONS)
@@ -114,15 +114,15 @@ def test_rows_that_are_not_dense_and_experts_of_others() -> None:
     wide = torch.zeros(3, 2 * case.record.hidden_size)
     wide[:, : case.record.hidden_size] = case.hidden
     seen = wide[:, : case.record.hidden_size]
-    index = case.index.clone()
-    index[case.index == EXPERTS - 1] = EXPERTS + 7  # nobody's here, like the last expert
-    check(case, run_fused(case._replace(hidden=seen, index=index), HostKernels(), by_table=True).out)
+    index = case.choices.clone()
+    index[case.choices == EXPERTS - 1] = EXPERTS + 7  # nobody's here, like the last expert
+    check(case, run_fused(case._replace(hidden=seen, choices=index), HostKernels(), by_table=True).out)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int4", "mxfp4", "bf16"])
 def test_nan_and_infinity_stay_in_their_token(dtype: str) -> None:
     case = fused_case(sized(dtype, 32, True, False), SILU, 3, 2)  # type: ignore[arg-type]
-    case.index[:] = torch.tensor([0, 1])
+    case.choices[:] = torch.tensor([0, 1])
     case.hidden[1, 5] = inf
     case.hidden[2, 0] = torch.nan
     found = run_fused(case, HostKernels()).out
@@ -148,13 +148,13 @@ def test_what_does_not_fit_is_refused() -> None:
     space = layer.workspace(2, 2)
     memory = torch.zeros(space.nbytes, dtype=torch.uint8)
     with pytest.raises(ValueError, match="the workspace needs"):
-        layer.begin(space, memory[:-1], case.hidden, case.index, case.weights)
+        layer.begin(space, memory[:-1], case.hidden, case.choices, case.weights)
     with pytest.raises(ValueError, match="holds no record"):
         layer.add(space, memory, [0], [slots_of(case, memory.device)[0][:100]])
     with pytest.raises(ValueError, match="the table is int64 of 5"):
         layer.add_by_table(space, memory, torch.zeros(4, dtype=torch.int64))
     with pytest.raises(ValueError, match="dense rows"):
-        export_layer(HostKernels(), case.hidden.T, case.index, case.weights, EXPERTS, (None, None, None))
+        export_layer(HostKernels(), case.hidden.T, case.choices, case.weights, EXPERTS, (None, None, None))
     record = DeviceRecord(32, 32, "fp8", True, False, 32, (0, 0, 0, 0, 0, 0), 0)
     with pytest.raises(ValueError, match="experts of fp8 have no kernel"):
         FusedExperts(record, DeviceActivation("silu"), HostKernels(), 4)
