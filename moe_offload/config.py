@@ -57,6 +57,7 @@ class MoeOffloadConfig(QuantizationConfigMixin):  # type: ignore[misc]
         overlap: bool = True,
         predictor: str | os.PathLike[str] = "auto",
         adapt: bool = True,
+        cuda_graphs: bool = False,
         inner: dict[str, Any] | None = None,
         progress: Progress | None = None,
         quant_method: str = METHOD,
@@ -67,7 +68,7 @@ class MoeOffloadConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.options = Options(
             weights, threads, memory_limit, gemm_rows, activations, pack_dir, dense, fused_decode, device,
             parse_size(gpu_memory, "gpu_memory"), parse_size(ram, "ram"), policy, overlap,
-            predictor, adapt,
+            predictor, adapt, cuda_graphs,
         )  # fmt: skip
         self.inner = inner
         self.progress = progress

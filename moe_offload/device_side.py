@@ -175,7 +175,7 @@ class DeviceSide:
         )
         self.guard = Guard() if self.policy.prefetch else None
         self.dispatcher = Dispatcher(parts, self.policy, self.guard, overlap=options.overlap)
-        self.whole = WholeLayers(self._parts, self._tensors, self.dispatcher)
+        self.whole = WholeLayers(self._parts, self._tensors, self.dispatcher, graphs=options.cuda_graphs)
         compile_planners(progress)
         self._account = _ModelWork(accelerator, self._dense_bytes, len(layers))
         if self.policy.placement != "empty":

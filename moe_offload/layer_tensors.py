@@ -24,6 +24,7 @@ from moe_offload.cpu_kernels.grouping import Groups, group_tokens
 from moe_offload.cpu_layer import CpuLayer, PackedLayer
 from moe_offload.device_experts import DeviceExperts
 from moe_offload.gpu_kernels.fused_experts import FusedExperts, HostSide, export_layer, join
+from moe_offload.gpu_kernels.graph import GraphedLayer
 from moe_offload.transfer.accelerator import NOTHING as NO_WORK
 from moe_offload.transfer.accelerator import Accelerator, Buffer, HostArena, Work, as_tensor
 
@@ -203,25 +204,36 @@ class LayerTensors:
         hidden_states: torch.Tensor,
         top_k_index: torch.Tensor,
         top_k_weights: torch.Tensor,
+        graphs: dict[tuple[int, int, int], GraphedLayer] | None = None,
     ) -> torch.Tensor:
         """The output [T, H] of a layer of few tokens whose experts' addresses are in `table`: see `whole_layers.py`.
-        Waits for nothing.
+        Waits for nothing. graphs: of this layer, by tokens, choices and workspace; None to launch one by one.
         """
         tokens, top_k = top_k_index.shape
         few, room, space = parts.device.few(tokens, top_k), self._room(tokens, top_k), parts.device.space(tokens, top_k)
         assert few is not None and room.work is not None
-        hidden, index, weights = _for_kernels(hidden_states.detach(), top_k_index, top_k_weights.detach())
-        result = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+        given = _for_kernels(hidden_states.detach(), top_k_index, top_k_weights.detach())
+        outs: list[torch.Tensor] = []
 
         def run(memory: torch.Tensor) -> None:
-            few.begin(space, memory, hidden, index, weights)
-            few.add_by_table(space, memory, table)
-            few.join(space, memory, result)
+            def layer(hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, out: torch.Tensor) -> None:
+                few.begin(space, memory, hidden, index, weights)
+                few.add_by_table(space, memory, table)
+                few.join(space, memory, out)
 
-        rows = np.bincount(index.flatten().numpy()) if self._accelerator.simulated else np.zeros(0, np.int64)
+            if graphs is None:
+                outs.append(torch.empty_like(given[0], memory_format=torch.contiguous_format))
+                layer(*given, outs[0])
+                return
+            key = tokens, top_k, memory.data_ptr()
+            if key not in graphs:
+                graphs[key] = GraphedLayer(layer, *given)
+            outs.append(graphs[key](*given))
+
+        rows = np.bincount(given[1].flatten().numpy()) if self._accelerator.simulated else np.zeros(0, np.int64)
         work = Work(parts.record_bytes, parts.flops_per_row, rows[rows > 0], launches=4)
         self._accelerator.launch(self._accelerator.compute, run, (), (room.work,), work, "experts")
-        return result
+        return outs[0]
 
     def look_at(self, buffers: Sequence[Buffer], function: Callable[..., None]) -> None:
         """Call function with the buffers' tensors, of which it keeps none."""

@@ -40,6 +40,7 @@ def load(
     overlap: bool = True,
     predictor: str | os.PathLike[str] = "auto",
     adapt: bool = True,
+    cuda_graphs: bool = False,
     dtype: Any = "auto",
     attn_implementation: str | None = None,
     device_map: Any = None,
@@ -53,7 +54,7 @@ def load(
 
     model: a folder in Hugging Face format, the id of a model on the Hub, or "demo" for the model in this package.
     weights, threads, memory_limit, gemm_rows, activations, pack_dir, dense, fused_decode, device, gpu_memory, ram,
-    policy, overlap, predictor, adapt: see `Options`; sizes may be strings such as "6GiB".
+    policy, overlap, predictor, adapt, cuda_graphs: see `Options`; sizes may be strings such as "6GiB".
     dtype, attn_implementation, device_map, revision, token, cache_dir, local_files_only: as in transformers'
         `from_pretrained`. On a card without bfloat16 dtype="auto" makes float16 of it, or float32 (`device_dtype.py`).
     progress: called with (what, done, total) while weights are converted (bytes) and kernels are compiled.
@@ -73,7 +74,8 @@ def load(
     options: dict[str, Any] = dict(
         weights=weights, threads=threads, memory_limit=memory_limit, gemm_rows=gemm_rows, activations=activations,
         pack_dir=pack_dir, dense=dense, fused_decode=fused_decode, device=device, gpu_memory=gpu_memory, ram=ram,
-        policy=policy, overlap=overlap, predictor=predictor, adapt=adapt, inner=inner, progress=progress,
+        policy=policy, overlap=overlap, predictor=predictor, adapt=adapt, cuda_graphs=cuda_graphs,
+        inner=inner, progress=progress,
     )  # fmt: skip
     ours = MoeOffloadConfig(**options)
     more = {"attn_implementation": attn_implementation, "device_map": device_map}

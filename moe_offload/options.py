@@ -46,6 +46,8 @@ class Options:
     next: the same decisions one after the other. predictor: what says which experts the next layers will want, for a
     device's policies that copy ahead: "auto" (the one trained for this model, if there is one), "off", "look-ahead"
     (the next layers' routers) or a file; see `predictor_choice.py`. adapt: whether it follows the traffic.
+    cuda_graphs: replay a CUDA graph for a layer whose experts are all on the card (`whole_layers.py`); off unless asked
+        for, since no card has shown yet what it is worth.
     fused_decode: run a decode step's layers in one launch each where the architecture is known (decode_modules.py);
         False leaves every layer to transformers' modules.
 
@@ -67,6 +69,7 @@ class Options:
     overlap: bool = True
     predictor: str | os.PathLike[str] = "auto"
     adapt: bool = True
+    cuda_graphs: bool = False
 
     def dense_format(self, packed: bool, device: bool = False) -> Dense:
         """What `dense` comes to: "stored", "int8" or "int4".

@@ -13,18 +13,22 @@ import numpy as np
 import torch
 
 from moe_offload.dispatcher import Dispatcher
+from moe_offload.gpu_kernels.graph import GraphedLayer
 from moe_offload.layer_tensors import LayerParts, LayerTensors
 from moe_offload.transfer.accelerator import Buffer
 from moe_offload.transfer.expert_cache import READY
 
 
 class WholeLayers:
-    """The tables of one model's layers, made when they are first wanted."""
+    """The tables of one model's layers, made when they are first wanted. graphs: replay CUDA graphs."""
 
-    def __init__(self, parts: Sequence[LayerParts], tensors: LayerTensors, dispatcher: Dispatcher) -> None:
+    def __init__(
+        self, parts: Sequence[LayerParts], tensors: LayerTensors, dispatcher: Dispatcher, *, graphs: bool = False
+    ) -> None:
         self._parts, self._tensors, self._dispatcher = parts, tensors, dispatcher
         self._experts = sum(part.num_experts for part in parts)
         self._tables: dict[int, torch.Tensor] = {}
+        self._graphs: list[dict[tuple[int, int, int], GraphedLayer]] | None = [{} for _ in parts] if graphs else None
         self.calls = np.zeros(len(parts), np.int64)
         self.rows = np.zeros(len(parts), np.int64)
         self.seconds = 0.0  # of the host
@@ -44,7 +48,8 @@ class WholeLayers:
                 return None
         clock = self._dispatcher.parts.accelerator.now
         began = clock()
-        out = self._tensors.run_whole(parts, table, hidden_states, top_k_index, top_k_weights)
+        graphs = None if self._graphs is None else self._graphs[layer]
+        out = self._tensors.run_whole(parts, table, hidden_states, top_k_index, top_k_weights, graphs)
         self.calls[layer] += 1
         self.rows[layer] += tokens * top_k
         self.seconds += clock() - began
@@ -53,6 +58,8 @@ class WholeLayers:
     def forget(self) -> None:
         """Slots are about to go, or have gone: tables are made anew."""
         self._tables.clear()
+        for graphs in self._graphs or ():
+            graphs.clear()
 
     def _make(self, layer: int) -> torch.Tensor | None:
         device = self._dispatcher.parts

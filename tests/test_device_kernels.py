@@ -3,6 +3,7 @@ run on the CPU behind the shim, the rest is what a card would do.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 from moe_offload.device_experts import FEW_TOKENS, product_type
 from moe_offload.device_stats import stats_table
 from moe_offload.expert_kernels import say_without
+from moe_offload.gpu_kernels.graph import GraphedLayer, Launches, capture_cuda
 from moe_offload.gpu_kernels.launch import KernelError
 from tests import tiny_models
 from tests.conftest import Checkpoints
@@ -206,3 +208,50 @@ def test_what_products_are_computed_in(
     capability: tuple[int, int] | None, stored: str, dtype: torch.dtype, wanted: torch.dtype
 ) -> None:
     assert product_type(capability, stored, dtype) == wanted
+
+
+def test_whole_layers_as_graphs(checkpoint: Checkpoints, kernels: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph replays the launches it was made of, whatever is in its tensors by then: here, by calling them again."""
+    made = []
+
+    def capture(launches: Launches) -> Launches:
+        launches()
+        made.append(launches)
+        return launches
+
+    monkeypatch.setattr(GraphedLayer.__init__, "__defaults__", (capture,))
+    folder = checkpoint("qwen3_moe")
+    with on_device(folder, 400, cuda_graphs=True) as model:
+        layers = len(model.offload.spec.layers)
+        for seed in range(3):
+            same(model, folder, tiny_models.token_ids(1, 9, seed=seed))
+        assert len(made) == 2 * layers  # of the prompt, and of a token
+        assert sum(layer.whole for layer in side_of(model).stats().layers) == 3 * 8 * layers
+
+
+def test_a_graph_is_captured_behind_a_run_that_loads_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+
+    class Stream:
+        def wait_stream(self, other: Any) -> None:
+            said.append("wait")
+
+    class Graph:
+        def replay(self) -> None:
+            said.append("replay")
+
+    @contextmanager
+    def within(what: str) -> Iterator[None]:
+        said.append(f"begin {what}")
+        yield
+        said.append(f"end {what}")
+
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: within("aside"))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: within("capture"))
+    replay = capture_cuda(lambda: said.append("launch"))
+    replay()
+    aside, captured = ["begin aside", "launch", "end aside"], ["begin capture", "launch", "end capture"]
+    assert said == ["wait", *aside, "wait", *captured, "replay"]
