@@ -51,7 +51,8 @@ def _expert(hidden: int, intermediate: int, dtype: StoredType, *, bias: bool = F
     return ExpertRecord(hidden, intermediate, dtype, bias=bias)
 
 
-def _mixtral(dtype: StoredType) -> Shape:
+def mixtral(dtype: StoredType) -> Shape:
+    """Mixtral-8x7B."""
     attention = 2 * 4096 * 4096 + 2 * 4096 * 1024
     return Shape(
         "Mixtral-8x7B", 32, 8, 2, _expert(4096, 14336, dtype), 32 * (attention + 8 * 4096), 32000 * 4096,
@@ -59,7 +60,8 @@ def _mixtral(dtype: StoredType) -> Shape:
     )  # fmt: skip
 
 
-def _qwen3(dtype: StoredType) -> Shape:
+def qwen3(dtype: StoredType) -> Shape:
+    """Qwen3-30B-A3B."""
     attention = 2 * 2048 * 4096 + 2 * 2048 * 512
     return Shape(
         "Qwen3-30B-A3B", 48, 128, 8, _expert(2048, 768, dtype), 48 * (attention + 128 * 2048), 151936 * 2048,
@@ -67,7 +69,8 @@ def _qwen3(dtype: StoredType) -> Shape:
     )  # fmt: skip
 
 
-def _deepseek(dtype: StoredType) -> Shape:
+def deepseek(dtype: StoredType) -> Shape:
+    """DeepSeek-V2-Lite."""
     # 27 layers of MLA (q, kv down, kv up, o; the cache in its compressed form), the first with a dense block
     attention = 2048 * 3072 + 2048 * 576 + 512 * 4096 + 2048 * 2048
     shared = 3 * 2048 * 2816
@@ -78,7 +81,8 @@ def _deepseek(dtype: StoredType) -> Shape:
     )  # fmt: skip
 
 
-def _gpt_oss() -> Shape:
+def gpt_oss() -> Shape:
+    """gpt-oss-20b."""
     attention = 2 * 2880 * 4096 + 2 * 2880 * 512
     return Shape(
         "gpt-oss-20b", 24, 32, 4, _expert(2880, 2880, "mxfp4", bias=True), 24 * (attention + 32 * 2880),
@@ -86,9 +90,29 @@ def _gpt_oss() -> Shape:
     )  # fmt: skip
 
 
+def moonlight(dtype: StoredType) -> Shape:
+    """Moonlight-16B-A3B: DeepSeek-V2-Lite with a larger vocabulary and dense block; repeats as assumed there."""
+    attention = 2048 * 3072 + 2048 * 576 + 512 * 4096 + 2048 * 2048
+    shared = 3 * 2048 * 2816
+    return Shape(
+        "Moonlight-16B-A3B", 26, 64, 6, _expert(2048, 1408, dtype),
+        27 * attention + 26 * (shared + 64 * 2048) + 3 * 2048 * 11264, 163840 * 2048,
+        kv_bytes=27 * (512 + 64) * 2, repeats=0.30,
+    )  # fmt: skip
+
+
+def gpt_oss_120b() -> Shape:
+    """gpt-oss-120b: gpt-oss-20b's layers, more of them and with more experts."""
+    attention = 2 * 2880 * 4096 + 2 * 2880 * 512
+    return Shape(
+        "gpt-oss-120b", 36, 128, 4, _expert(2880, 2880, "mxfp4", bias=True), 36 * (attention + 128 * 2880),
+        201088 * 2880, kv_bytes=36 * 2 * 8 * 64 * 2, repeats=0.18, skew=0.5,
+    )  # fmt: skip
+
+
 # The demo model's routing with experts of a size that is worth offloading: 6 layers of 16 experts, 4 times over.
 DEMO = Shape(
     "demo routing", 24, 16, 2, _expert(2880, 2880, "mxfp4"), 24 * 26_000_000, 201088 * 2880, 24 * 2 * 8 * 64 * 2
 )
-SHAPES = (_mixtral("int4"), _qwen3("int4"), _deepseek("int4"), _gpt_oss(), DEMO)
-MEASURED = (_mixtral("bf16"), _qwen3("bf16"), _deepseek("bf16"))  # where expert times were measured: v100-6230r
+SHAPES = (mixtral("int4"), qwen3("int4"), deepseek("int4"), gpt_oss(), DEMO)
+MEASURED = (mixtral("bf16"), qwen3("bf16"), deepseek("bf16"))  # where expert times were measured: v100-6230r

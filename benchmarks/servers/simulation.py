@@ -30,7 +30,7 @@ from moe_offload.scheduling.calibration import calibrate
 from moe_offload.scheduling.cost_model import CostModel
 from moe_offload.scheduling.forecast import Forecast, PerfectForecast, RoutedCall
 from moe_offload.scheduling.guard import Guard
-from moe_offload.scheduling.policies import find_policy, plan_static
+from moe_offload.scheduling.policies import Policy, find_policy, plan_static
 from moe_offload.scheduling.recent_use import RecentUse
 from moe_offload.transfer.accelerator import Buffer, Event, HostArena, OutOfDeviceMemoryError, Work
 from moe_offload.transfer.copy_queue import CopyQueue
@@ -202,14 +202,18 @@ class Simulation:
     """A policy on a server, step by step."""
 
     def __init__(
-        self, server: str, shape: Shape, policy: str, choices: Choices, seen: int, *, guarded: bool,
-        slots: int | None = None,
+        self, server: str | ServerProfile, shape: Shape, policy: str | Policy, choices: Choices, seen: int, *,
+        guarded: bool, slots: int | None = None,
     ) -> None:  # fmt: skip
         """choices [steps, L, T, K]; the first `seen` steps are known beforehand, and not run. slots: of the cache, on a
         card with memory for it; None: as many as the server's card holds, up to `MOST`.
         """
-        self.profile, self.shape = find_profile(server), shape
-        self.policy = find_policy("oracle" if policy == NEXT_ONLY else policy)
+        self.profile = server if isinstance(server, ServerProfile) else find_profile(server)
+        self.shape = shape
+        if isinstance(policy, Policy):
+            self.policy = policy
+        else:
+            self.policy = find_policy("oracle" if policy == NEXT_ONLY else policy)
         self.batch = choices.shape[2]
         positions = CONTEXT * self.batch
         room = shape.dense_bytes + WORKSPACE + positions * shape.kv_bytes
