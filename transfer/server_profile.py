@@ -17,24 +17,20 @@ simulated. From data sheet to rate:
 - memory of the card: less 512 MiB for CUDA's context, and 1/16 where ECC takes it (GDDR)
 """
 
+import difflib
 from dataclasses import dataclass
 
 import numpy as np
 
 from moe_offload.transfer.accelerator import Work
 from moe_offload.transfer.measured_experts import XEON_6230R, ExpertTable
+from moe_offload.transfer.server_sources import SOURCES, Source
 
 _GIB = 1 << 30
 _CONTEXT_BYTES = 512 << 20
 _FEW = 16  # up to so many, numbers are added faster in plain Python
 
 _VNNI, _AVX2, _AVX2_ONE_PORT = 90e9, 29e9, 14.5e9  # operations per second, core and GHz
-
-_CARDS = "cards: NVIDIA's data sheets and architecture white papers"
-_HOSTS = "hosts: Intel's and AMD's product pages (cores, memory channels); all-core clocks estimated"
-_LINKS = "link: pinned copies of others, 10.9 to 13.0 GB/s on PCIe 3.0 x16, 25.1 to 25.3 GB/s on PCIe 4.0 x16"
-_KERNELS = "host multiplications: benchmarks/results/cpu_experts.json by cores and clock"
-_SOURCES = (_CARDS, _HOSTS, _LINKS, _KERNELS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +41,13 @@ class ServerProfile:
     every launch and copy. kernel_seconds: of the card, for every kernel. wait_seconds: of the host, for waiting for an
     event, even one that is over. host_flops: of quantised kernels. host_job_seconds: to start a job of any size on the
     host's threads. host_expert_seconds: for every expert in it. expert_tables: measured, and used instead of rates
-    where they fit the work. jitter: how far modelled times scatter, relative.
+    where they fit the work. jitter: how far modelled times scatter, relative. sources: of every number. simulated:
+    put together from data sheets; False: measured on one machine. threads: of the host, where that is known.
     """
 
     name: str
     description: str
-    sources: tuple[str, ...]
+    sources: tuple[Source, ...]
     device: str
     precision: str
     memory_bytes: int
@@ -69,6 +66,13 @@ class ServerProfile:
     host_job_seconds: float = 20e-6
     jitter: float = 0.0
     expert_tables: tuple[ExpertTable, ...] = ()
+    simulated: bool = True
+    threads: int = 0
+
+    @property
+    def has_card(self) -> bool:
+        """Whether there is a card at all: a saved machine may have none."""
+        return self.memory_bytes > 0
 
     def copy_seconds(self, nbytes: int) -> float:
         """A copy of page-locked memory, either way."""
@@ -122,7 +126,7 @@ _ALL = (
     ServerProfile(
         name="v100-6230r",
         description="Tesla V100 PCIe 32 GB, Xeon Gold 6230R (26 cores, 6 x DDR4-2933), PCIe 3.0 x16, NVMe",
-        sources=(*_SOURCES, "bf16 experts on the host: LayerScope artifact, commit f85e627, 16 threads of a 6230R"),
+        sources=SOURCES["v100-6230r"],
         device="NVIDIA Tesla V100-PCIE-32GB",
         precision="f16 tensor cores",
         memory_bytes=_usable(32),
@@ -138,7 +142,7 @@ _ALL = (
     ServerProfile(
         name="p40",
         description="Tesla P40 24 GB, Xeon E5-2690 v4 (14 cores, 4 x DDR4-2400), PCIe 3.0 x16, SATA SSD",
-        sources=_SOURCES,
+        sources=SOURCES["p40"],
         device="NVIDIA Tesla P40",
         precision="f32",
         memory_bytes=_usable(24, ecc=True),
@@ -154,7 +158,7 @@ _ALL = (
     ServerProfile(
         name="p100",
         description="Tesla P100 PCIe 16 GB, Xeon E5-2698 v4 (20 cores, 4 x DDR4-2400), PCIe 3.0 x16, SATA SSD",
-        sources=_SOURCES,
+        sources=SOURCES["p100"],
         device="NVIDIA Tesla P100-PCIE-16GB",
         precision="f16, twice the rate of f32",
         memory_bytes=_usable(16),
@@ -170,7 +174,7 @@ _ALL = (
     ServerProfile(
         name="gtx1080ti",
         description="GeForce GTX 1080 Ti 11 GB, Xeon E5-2680 v4 (14 cores, 4 x DDR4-2400), PCIe 3.0 x16, NVMe",
-        sources=_SOURCES,
+        sources=SOURCES["gtx1080ti"],
         device="NVIDIA GeForce GTX 1080 Ti",
         precision="f32",
         memory_bytes=_usable(11),
@@ -186,7 +190,7 @@ _ALL = (
     ServerProfile(
         name="rtx2080ti",
         description="GeForce RTX 2080 Ti 11 GB, Core i9-9900K (8 cores, 2 x DDR4-2666), PCIe 3.0 x16, NVMe",
-        sources=_SOURCES,
+        sources=SOURCES["rtx2080ti"],
         device="NVIDIA GeForce RTX 2080 Ti",
         precision="f16 tensor cores that add in f32 (half rate on GeForce)",
         memory_bytes=_usable(11),
@@ -203,7 +207,7 @@ _ALL = (
     ServerProfile(
         name="t4",
         description="Tesla T4 16 GB, Xeon Silver 4216 (16 cores, 6 x DDR4-2400), PCIe 3.0 x16, NVMe",
-        sources=_SOURCES,
+        sources=SOURCES["t4"],
         device="NVIDIA Tesla T4",
         precision="f16 tensor cores",
         memory_bytes=_usable(16, ecc=True),
@@ -218,7 +222,7 @@ _ALL = (
     ServerProfile(
         name="rtx3090",
         description="GeForce RTX 3090 24 GB, Ryzen 9 5950X (16 cores, 2 x DDR4-3200), PCIe 4.0 x16, NVMe",
-        sources=_SOURCES,
+        sources=SOURCES["rtx3090"],
         device="NVIDIA GeForce RTX 3090",
         precision="bf16 tensor cores that add in f32",
         memory_bytes=_usable(24),
@@ -236,7 +240,7 @@ _ALL = (
     ServerProfile(
         name="a100",
         description="A100 PCIe 40 GB, EPYC 7543 (32 cores, 8 x DDR4-3200), PCIe 4.0 x16, NVMe",
-        sources=_SOURCES,
+        sources=SOURCES["a100"],
         device="NVIDIA A100-PCIE-40GB",
         precision="bf16 tensor cores",
         memory_bytes=_usable(40),
@@ -256,8 +260,28 @@ PROFILES: dict[str, ServerProfile] = {profile.name: profile for profile in _ALL}
 
 
 def find_profile(name: str) -> ServerProfile:
-    """Raises ValueError for a server that does not exist."""
-    profile = PROFILES.get(name)
-    if profile is None:
-        raise ValueError(f"there is no virtual server {name!r}: choose one of {', '.join(PROFILES)}")
+    """A server of this module, or one that the user saved. Raises ValueError for one that does not exist, for a file
+    that is damaged or of another version, and for a saved machine without a card.
+    """
+    profile = find_server(name)
+    if not profile.has_card:
+        raise ValueError(
+            f"the profile {name!r} has no card, so it cannot be a device: take --profile with plan, or cpu"
+        )
     return profile
+
+
+def find_server(name: str) -> ServerProfile:
+    """As `find_profile`, machines without a card too."""
+    from moe_offload.transfer.profile_file import read_profile, saved_names
+
+    profile = PROFILES.get(name)
+    if profile is not None:
+        return profile
+    saved = saved_names()
+    if name in saved:
+        return read_profile(name)
+    known = [*PROFILES, *saved]
+    close = difflib.get_close_matches(name, known, 3, 0.5)
+    hint = f" (did you mean {' or '.join(close)}?)" if close else ""
+    raise ValueError(f"there is no virtual server {name!r}: choose one of {', '.join(known)}{hint}")
