@@ -1,0 +1,106 @@
+"""Tokens for benchmarks: real text, since a router sends random tokens to experts that no text asks for.
+
+Real text is Python's own standard library, as sources with their documentation: it is wherever this program runs. Every
+sequence begins in a document of its own, at a line drawn from a seed, and goes on with the next document where that one
+ends. The same seed gives the same tokens in every run.
+"""
+
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from moe_offload.models.errors import OptionError
+from moe_offload.prompts import require_known_ids
+
+Ids = NDArray[np.int64]
+
+_CHARACTERS = 8  # of a token, at least as many as are usual: more text is read where it is too little
+_LEAST_BYTES = 20_000  # of a source to be a document of its own
+
+
+class Tokens(Protocol):
+    """Where sequences come from."""
+
+    description: str  # for tables: what kind of text
+
+    def take(self, count: int, length: int) -> Ids:
+        """[count, length] token ids, other ones with every call."""
+
+
+class RandomTokens:
+    """Any tokens of the vocabulary but those that mean something to the model's surroundings."""
+
+    description = "random tokens"
+
+    def __init__(self, config: PreTrainedConfig, special: Iterable[int] = (), seed: int = 0) -> None:
+        size = int(config.get_text_config(decoder=True).vocab_size)
+        self._ids = np.setdiff1d(np.arange(size), np.fromiter(special, np.int64))
+        self._rng = np.random.default_rng(seed)
+
+    def take(self, count: int, length: int) -> Ids:
+        return self._rng.choice(self._ids, (count, length))
+
+
+class RealText:
+    """Stretches of documents, which are read when they are wanted.
+
+    Raises OptionError where there is no text, CheckpointError where the tokenizer belongs to another model.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        config: PreTrainedConfig,
+        documents: Sequence[Callable[[], str]],
+        description: str,
+        seed: int = 0,
+    ) -> None:
+        self.description = description
+        self._tokenizer, self._config, self._documents = tokenizer, config, documents
+        self._rng = np.random.default_rng(seed)
+        self._order = self._documents_for_ever()
+        first: list[int] = tokenizer("a")["input_ids"]
+        bos = tokenizer.bos_token_id
+        self._begin = [bos] if bos is not None and first[:1] == [bos] else []
+
+    def take(self, count: int, length: int) -> Ids:
+        return np.array([self._sequence(length) for _ in range(count)], np.int64).reshape(count, length)
+
+    def _sequence(self, length: int) -> list[int]:
+        ids, empty = list(self._begin), 0
+        while len(ids) < length:
+            text = next(self._order)
+            # the first line that is drawn is cut anywhere: a document of one line has no other
+            start = int(self._rng.integers(len(text))) if len(text) > _CHARACTERS * length else 0
+            start = text.find("\n", start) + 1 if "\n" in text[start : start + 1000] else start
+            wanted = _CHARACTERS * (length - len(ids)) + 64
+            more: list[int] = self._tokenizer(text[start : start + wanted], add_special_tokens=False)["input_ids"]
+            ids += more
+            empty = 0 if more else empty + 1
+            if empty > len(self._documents):
+                raise OptionError(f"{self.description} has no token: give it some text")
+        require_known_ids(ids[:length], self._config)
+        return ids[:length]
+
+    def _documents_for_ever(self) -> Iterator[str]:
+        while True:
+            for at in self._rng.permutation(len(self._documents)):
+                yield self._documents[int(at)]()
+
+
+def standard_library(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> RealText:
+    """Text of Python's standard library. Raises OptionError where its sources are not there."""
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    paths = sorted(path for path in folder.glob("*.py") if path.stat().st_size >= _LEAST_BYTES)
+    if not paths:
+        raise OptionError(f"{folder} has no sources of Python's library to take text from: give --prompt-file FILE")
+    return RealText(tokenizer, config, [_reader(path) for path in paths], "text of Python's standard library")
+
+
+def _reader(path: Path) -> Callable[[], str]:
+    return lambda: path.read_text(encoding="utf-8", errors="replace")
