@@ -1,8 +1,9 @@
-"""What every benchmark's result says beside its figures: the machine, the versions, and how it was run."""
+"""What every benchmark's result says beside its figures: the machine, the versions, the commit, and how it was run."""
 
 import json
 import os
 import platform
+import subprocess
 import sys
 import tempfile
 from importlib.metadata import version
@@ -14,6 +15,7 @@ import psutil
 from rich.console import Console
 
 RESULTS = Path(__file__).parent / "results"
+FORMAT = 1  # of result files: raised when what `benchmarks.compare` relies on changes its meaning
 # Where benchmarks keep the checkpoints they make, to find them again.
 WORK = Path(tempfile.gettempdir()) / "moe-offload-benchmarks"
 
@@ -40,12 +42,37 @@ def _cpu_name() -> str:
     return f"{name} (family {fields.get('cpu family')}, model {fields.get('model')})"
 
 
+def commit() -> str:
+    """The checkout's commit, with "-dirty" where code differs from it; "unknown" outside of a checkout or without git.
+
+    Results and documents do not count as a difference: benchmarks write them one after the other.
+    """
+    found = _git("rev-parse", "HEAD")
+    if not found:
+        return "unknown"
+    # from the root of the checkout, which this folder is one below
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/benchmarks/results", ":!/docs")
+    return found if changed == "" else f"{found}-dirty"
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says of this checkout; None when it does not."""
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=30, check=False
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
 def write_result(name: str, result: dict[str, Any], folder: Path = RESULTS) -> Path:
     """Write results/NAME.json beside its final place and rename it there."""
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{name}.json"
     beside = target.with_suffix(f".{os.getpid()}.tmp")
-    beside.write_text(json.dumps({"machine": machine(), **result}, indent=1) + "\n")
+    about = {"format": FORMAT, "benchmark": name, "commit": commit(), "machine": machine()}
+    beside.write_text(json.dumps({**about, **result}, indent=1) + "\n")
     beside.replace(target)
     return target
 
