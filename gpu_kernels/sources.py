@@ -4,6 +4,7 @@ CuPy keeps compiled kernels by the text that it is given, and a header that is f
 after an update it would go on with the old one.
 """
 
+import hashlib
 import re
 from functools import cache
 from importlib import resources
@@ -20,6 +21,12 @@ def read_source(name: str) -> str:
 def source_names() -> list[str]:
     """All sources that have kernels."""
     return sorted(each.name for each in resources.files(__package__).iterdir() if each.name.endswith(".cu"))
+
+
+def sources_key() -> str:
+    """Changes with any of the sources."""
+    text = "".join(read_source(name) for name in source_names())
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _expanded(name: str, seen: set[str]) -> str:

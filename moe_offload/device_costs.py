@@ -7,6 +7,7 @@ asked, on a ghost of it, which takes no time worth keeping.
 import itertools
 from collections.abc import Sequence
 from functools import cache
+from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +15,9 @@ import torch
 from torch import nn
 
 from moe_offload.cpu_kernels.grouping import Groups
-from moe_offload.device_experts import FEW_TOKENS, DeviceExperts
+from moe_offload.device_experts import FEW_ROWS, launches
+from moe_offload.gpu_kernels.fused_experts import fits
+from moe_offload.gpu_kernels.sources import sources_key
 from moe_offload.layer_tensors import LayerParts
 from moe_offload.machine import cpu_name
 from moe_offload.options import Progress
@@ -28,6 +31,9 @@ from moe_offload.transfer.virtual import VirtualAccelerator
 
 _DEVICE_EXPERTS = 4  # that lie on the device while it is measured
 _MOST_JOBS = 8  # experts that are measured together
+_CROSSOVERS = (4, 8, 16, 32, 64)  # rows that are tried
+_MOST_ROWS = _CROSSOVERS[-1]
+_REPEATS = 5
 
 
 class Kind(NamedTuple):
@@ -51,13 +57,19 @@ def measure_costs(
     if isinstance(accelerator, VirtualAccelerator):
         return CostModel.from_dict(_virtual_costs(accelerator.profile, tuple(named.values())))
     layers = {name: kinds.index(name) for name in named}
-
-    def make() -> CostModel:
-        with _ModelBench(accelerator, parts, layers, store) as bench:
-            return calibrate(accelerator, bench, progress)
-
     sizes = [(kind.name, kind.nbytes) for kind in named.values()]
-    return cached_costs(machine_key(cpu_name(), accelerator.name, threads, sizes), make)
+    with _ModelBench(accelerator, parts, layers, store) as bench:
+        bench.find_crossovers()
+        key = machine_key(cpu_name(), accelerator.name, threads, sizes, _ways(parts, layers))
+        return cached_costs(key, lambda: calibrate(accelerator, bench, progress))
+
+
+def _ways(parts: Sequence[LayerParts], layers: dict[str, int]) -> str:
+    """How the device computes: what costs depend on beside the machine."""
+    if all(part.device.kernels is None for part in parts):
+        return "torch"
+    few = ", ".join(f"{parts[layer].device.few_rows:g}" for layer in layers.values())
+    return f"kernels {sources_key()}, few rows: {few}"
 
 
 @cache
@@ -79,7 +91,8 @@ class _GhostBench:
         self._accelerator.run_host(_nothing, self._work(kind, rows, 0))
 
     def run_gpu(self, kind: str, rows: list[int]) -> None:
-        work = self._work(kind, rows, DeviceExperts.launches(len(rows), max(rows), len(rows)))
+        few = max(rows) <= FEW_ROWS and fits(max(rows), len(rows))
+        work = self._work(kind, rows, launches(len(rows), few=few))
         self._accelerator.launch(self._accelerator.compute, _nothing, (), (), work, "experts")
 
     def _work(self, kind: str, rows: list[int], launches: int) -> Work:
@@ -106,7 +119,7 @@ class _ModelBench:
                 accelerator.copy_in(slot, record, stream)
                 store.release(layer, expert, stream.record())
         stream.synchronize()
-        size = max(part.device.workspace_bytes(FEW_TOKENS, _MOST_JOBS) for part in self._parts.values())
+        size = max(part.device.workspace_bytes(_MOST_ROWS, _MOST_JOBS) for part in self._parts.values())
         self._work = accelerator.allocate(size, "workspace to measure with") if size else None
 
     def kinds(self) -> list[tuple[str, int]]:
@@ -125,7 +138,7 @@ class _ModelBench:
         parts, slots, device = self._parts[kind], self._slots[kind], self._accelerator.torch_device
         chosen = [slots[next(self._next) % len(slots)] for _ in rows]
         tokens, top_k = max(rows), len(rows)
-        few = parts.device.few(tokens, top_k)
+        few = parts.device.few(tokens, top_k, tokens)
         writes = () if few is None or self._work is None else (self._work,)
         choices = torch.full((tokens, top_k), -1)  # the first tokens of each column: as many rows for that expert
         for expert, count in enumerate(rows):
@@ -145,9 +158,35 @@ class _ModelBench:
             for record, count in zip(buffers, rows, strict=True):
                 parts.device.many.add_rows(out, hidden, all_tokens[:count], weights[:count, 0].contiguous(), record)
 
-        launches = parts.device.launches(top_k, tokens, top_k)
-        work = Work(parts.record_bytes, parts.flops_per_row, rows, launches=launches)
+        work = Work(parts.record_bytes, parts.flops_per_row, rows, launches=launches(top_k, few=few is not None))
         self._accelerator.launch(self._accelerator.compute, run, chosen, writes, work, "experts")
+
+    def find_crossovers(self) -> None:
+        """Set the rows up to which experts of each kind are few: where one expert was not slower that way."""
+        for kind, parts in self._parts.items():
+            if parts.device.fused is None:
+                continue
+            found = 1.0
+            for rows in _CROSSOVERS:
+                seconds = []
+                for few_rows in (rows, 0):  # the fused way, and the other
+                    parts.device.few_rows = few_rows
+                    seconds.append(self._seconds(kind, rows))
+                if seconds[0] > seconds[1]:
+                    break
+                found = rows
+            parts.device.few_rows = found
+
+    def _seconds(self, kind: str, rows: int) -> float:
+        """The device's median time of one expert with so many rows; the first run is apart."""
+        stream, samples = self._accelerator.compute, []
+        for _ in range(1 + _REPEATS):
+            start = stream.record(timed=True)
+            self.run_gpu(kind, [rows])
+            end = stream.record(timed=True)
+            end.synchronize()
+            samples.append(end.time() - start.time())
+        return median(samples[1:])
 
     def _groups(self, rows: list[int], num_experts: int) -> Groups:
         experts = sorted({next(self._next) % num_experts for _ in rows})

@@ -14,7 +14,7 @@ import torch
 from moe_offload.cpu_kernels.layout import Activation
 from moe_offload.cpu_kernels.packed_layout import ExpertRecord
 from moe_offload.expert_kernels import expert_kernels, say_without
-from moe_offload.gpu_kernels.fused_experts import MAX_JOBS, FusedExperts, Workspace, fits
+from moe_offload.gpu_kernels.fused_experts import MAX_JOBS, MAX_PAIRS, FusedExperts, Workspace, fits
 from moe_offload.gpu_kernels.launch import KernelError, Kernels
 from moe_offload.gpu_kernels.tiled_experts import TiledExperts, compute_type
 from moe_offload.gpu_kernels.torch_experts import DeviceActivation, DeviceRecord, TorchExperts
@@ -23,8 +23,9 @@ from moe_offload.transfer.accelerator import Accelerator
 
 Kind = tuple[ExpertRecord, Activation, int]  # and how many experts a layer has
 
-# More than so many tokens are worth a matrix product. Chosen, not measured: benchmarks.gpu prints where the two cross.
-FEW_TOKENS = 64
+# With more rows an expert, on average, matrix products are faster. A guess until it is measured on the card at hand, at
+# every load (`device_costs.py`); benchmarks.gpu prints where the two cross.
+FEW_ROWS = 16
 TILED_LAUNCHES = 7  # of an expert whose matrices fit one tile
 FUSED_LAUNCHES = 2  # of up to MAX_JOBS experts
 
@@ -48,11 +49,19 @@ class DeviceExperts:
         else:
             self.fused = FusedExperts(record, activation, kernels, num_experts)
             self.many = TiledExperts(record, activation, compute, kernels)
+        self.num_experts = num_experts
+        self.few_rows: float = FEW_ROWS
         self._spaces: dict[tuple[int, int], Workspace] = {}
 
-    def few(self, tokens: int, top_k: int) -> FusedExperts | None:
-        """What runs T tokens with K choices each, if they are few and there are kernels."""
-        return self.fused if tokens <= FEW_TOKENS and fits(tokens, top_k) else None
+    def few(self, tokens: int, top_k: int, rows: float | None = None) -> FusedExperts | None:
+        """What runs T tokens with K choices each, if they are few and there are kernels. rows: of an expert; None for
+        the average of experts that are chosen evenly.
+        """
+        return self.fused if self._are_few(tokens, top_k, rows) else None
+
+    def _are_few(self, tokens: int, top_k: int, rows: float | None) -> bool:
+        mean = tokens * top_k / self.num_experts if rows is None else rows
+        return mean <= self.few_rows and fits(tokens, top_k)
 
     def space(self, tokens: int, top_k: int) -> Workspace:
         """The fused kernels' workspace for T tokens with K choices each; the same object for the same numbers."""
@@ -66,17 +75,16 @@ class DeviceExperts:
         """Device memory that up to so many tokens take in workspaces; 0 where there are no kernels."""
         if self.fused is None:
             return 0
-        most = min(tokens, FEW_TOKENS)
-        while not fits(most, top_k):
-            most -= 1
-        return self.space(most, top_k).nbytes
+        return self.space(max(1, min(tokens, MAX_PAIRS // top_k)), top_k).nbytes
 
-    @staticmethod
-    def launches(experts: int, tokens: int, top_k: int) -> int:
+    def launches(self, experts: int, tokens: int, top_k: int) -> int:
         """Kernels that so many experts of a launch take."""
-        if tokens <= FEW_TOKENS and fits(tokens, top_k):
-            return FUSED_LAUNCHES * -(-experts // MAX_JOBS)
-        return TILED_LAUNCHES * experts
+        return launches(experts, few=self._are_few(tokens, top_k, None))
+
+
+def launches(experts: int, *, few: bool) -> int:
+    """Kernels of our own that so many experts take."""
+    return FUSED_LAUNCHES * -(-experts // MAX_JOBS) if few else TILED_LAUNCHES * experts
 
 
 def product_type(capability: tuple[int, int] | None, stored: str, dtype: torch.dtype) -> torch.dtype:

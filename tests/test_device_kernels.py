@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from moe_offload.device_experts import FEW_TOKENS, product_type
+from moe_offload.device_costs import _ModelBench
+from moe_offload.device_experts import product_type
 from moe_offload.device_stats import stats_table
 from moe_offload.expert_kernels import say_without
 from moe_offload.gpu_kernels.graph import GraphedLayer, Launches, capture_cuda
@@ -79,7 +80,7 @@ def test_a_decoded_token_takes_four_launches_a_layer(checkpoint: Checkpoints, ke
 
 def test_prompts_go_through_tiles(checkpoint: Checkpoints, kernels: Counted) -> None:
     folder = checkpoint("qwen3_moe", num_experts=16)
-    ids = tiny_models.token_ids(1, FEW_TOKENS + 9)
+    ids = tiny_models.token_ids(1, 150)
     with on_device(folder, 24) as model:
         same(model, folder, ids, max_new_tokens=3)
         assert kernels.launches["gather_rows"] > 0 and kernels.launches["gate_up"] > 0
@@ -160,7 +161,7 @@ def test_layers_that_are_whole_on_the_device_wait_for_nobody(
 def test_whole_layers_and_others_take_turns(checkpoint: Checkpoints, kernels: Counted) -> None:
     """Long prompts go through the dispatcher; memory that is given up makes tables void."""
     folder = checkpoint("qwen3_moe", num_experts=16)
-    long, short = tiny_models.token_ids(1, FEW_TOKENS + 5), tiny_models.token_ids(3, 7)
+    long, short = tiny_models.token_ids(1, 150), tiny_models.token_ids(3, 7)
     with on_device(folder, 400, contexts=12) as model:
         same(model, folder, long, max_new_tokens=3)
         same(model, folder, short, num_beams=2)
@@ -255,3 +256,30 @@ def test_a_graph_is_captured_behind_a_run_that_loads_its_kernels(monkeypatch: py
     replay()
     aside, captured = ["begin aside", "launch", "end aside"], ["begin capture", "launch", "end capture"]
     assert said == ["wait", *aside, "wait", *captured, "replay"]
+
+
+def test_where_few_rows_end_is_measured(
+    checkpoint: Checkpoints, kernels: Counted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = checkpoint("qwen3_moe", num_experts=16)
+    with on_device(folder, 20) as model:
+        side = side_of(model)
+        experts = side._parts[0].device
+        used, budget = side.accelerator.used, side.accelerator.budget
+        side.accelerator.budget *= 8  # experts are measured before there are slots
+        side.dispatcher.copies.drain()
+        with _ModelBench(side.accelerator, side._parts, {"experts": 0}, side.store) as bench:
+            kernels.launches.clear()
+            bench.run_gpu("experts", [3, 1])
+            assert kernels.launches == {"export_layer": 1, "gate_up": 1, "down": 1}
+            bench.find_crossovers()  # on this clock two launches are always less than seven
+            assert experts.few_rows == 64
+            kernels.launches.clear()
+            bench.run_gpu("experts", [65, 70])
+            assert kernels.launches["gather_rows"] == 2 and "gate_up" not in kernels.launches
+            monkeypatch.setattr(bench, "_seconds", lambda kind, rows: float(rows if experts.few_rows else 10))
+            bench.find_crossovers()
+            assert experts.few_rows == 8
+        assert side.accelerator.used == used
+        side.accelerator.budget = budget
+        same(model, folder, tiny_models.token_ids(1, 12))

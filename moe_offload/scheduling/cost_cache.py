@@ -19,16 +19,19 @@ from moe_offload.scheduling.cost_model import CostModel
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1  # of the file, and of how it is measured
+VERSION = 2  # of the file, and of how it is measured
 
 
-def machine_key(cpu: str, device: str, threads: int, kinds: Sequence[tuple[str, int]]) -> dict[str, str]:
-    """What measured costs depend on. cpu: its name. device: its name and its driver's version."""
+def machine_key(
+    cpu: str, device: str, threads: int, kinds: Sequence[tuple[str, int]], ways: str = ""
+) -> dict[str, str]:
+    """What measured costs depend on. cpu, device: their names. ways: how the device computes experts."""
     return {
         "cpu": cpu,
         "threads": str(threads),
         "host": platform.node(),
         "device": device,
+        "ways": ways,
         "torch": version("torch"),
         "kinds": ", ".join(f"{kind}: {nbytes}" for kind, nbytes in kinds),
     }
