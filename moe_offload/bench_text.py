@@ -6,7 +6,7 @@ ends. The same seed gives the same tokens in every run.
 """
 
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -33,13 +33,15 @@ class Tokens(Protocol):
 
 
 class RandomTokens:
-    """Any tokens of the vocabulary but those that mean something to the model's surroundings."""
+    """Any tokens of the vocabulary but those that begin, end or fill a text."""
 
     description = "random tokens"
 
-    def __init__(self, config: PreTrainedConfig, special: Iterable[int] = (), seed: int = 0) -> None:
-        size = int(config.get_text_config(decoder=True).vocab_size)
-        self._ids = np.setdiff1d(np.arange(size), np.fromiter(special, np.int64))
+    def __init__(self, config: PreTrainedConfig, seed: int = 0) -> None:
+        text = config.get_text_config(decoder=True)
+        special = [getattr(text, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")]
+        named = [each for ids in special if ids is not None for each in (ids if isinstance(ids, list) else [ids])]
+        self._ids = np.setdiff1d(np.arange(int(text.vocab_size)), np.array(named, np.int64))
         self._rng = np.random.default_rng(seed)
 
     def take(self, count: int, length: int) -> Ids:

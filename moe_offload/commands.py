@@ -198,6 +198,66 @@ def info(
 
 
 @app.command(
+    help="Measure how fast a model reads prompts and writes text here, in the form of llama-bench.\n\n"
+    "pp512: prompts of 512 tokens, up to the first new one. tg128: 128 tokens behind it. @16: 16 sequences at once. "
+    "t/s is mean ± standard deviation of the repeats, all else medians; json and jsonl have every sample. "
+    "Ctrl-C ends it early and shows what there is."
+)
+def bench(
+    model: cli_options.Model,
+    prompt_tokens: Annotated[
+        str, typer.Option("--prompt-tokens", "-p", metavar="N,...|none", help="Prompts to time.")
+    ] = "512",
+    new_tokens: Annotated[
+        str, typer.Option("--new-tokens", "-n", metavar="N,...|none", help="Lengths of generation to time.")
+    ] = "128",
+    batch: Annotated[str, typer.Option("--batch", "-b", metavar="N,...", help="Sequences at once.")] = "1",
+    depth: Annotated[int, typer.Option("--depth", "-d", help="Tokens of text that generation begins behind.")] = 32,
+    repeats: Annotated[int, typer.Option("--repeats", "-r", help="Runs of each test that count.")] = 5,
+    warm_up: Annotated[int, typer.Option(help="Runs of each test before them, which do not.")] = 1,
+    random_tokens: Annotated[
+        bool, typer.Option("--random-tokens", help="No text but random tokens, which route unrealistically.")
+    ] = False,
+    prompt_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Text to take, instead of Python's standard library.")
+    ] = None,
+    output: Annotated[
+        str, typer.Option("--output", "-o", metavar="[table|md|csv|json|jsonl]", help="Form of the figures on stdout.")
+    ] = "table",
+    threads: cli_options.Threads = None,
+    weights: cli_options.Weights = "auto",
+    dtype: cli_options.Dtype = "auto",
+    memory_limit: cli_options.MemoryLimit = None,
+    activations: cli_options.Activations = "auto",
+    pack_dir: cli_options.PackDir = None,
+    dense: cli_options.Dense = "auto",
+    attn_implementation: cli_options.AttnImplementation = None,
+    device: cli_options.Device = "auto",
+    gpu_memory: cli_options.GpuMemory = None,
+    ram: cli_options.Ram = None,
+    policy: cli_options.PolicyName = "ours",
+    predictor: cli_options.Predictor = "auto",
+    adapt: cli_options.Adapt = True,
+    revision: cli_options.Revision = None,
+    as_json: cli_options.Json = False,
+    verbose: cli_options.Verbose = False,
+) -> int:
+    options = ModelOptions(
+        model, weights, dtype, threads, parse_size(memory_limit, "--memory-limit"), attn_implementation,
+        revision, verbose, show_progress=not as_json, activations=activations, pack_dir=pack_dir, dense=dense,
+        device=device, gpu_memory=parse_size(gpu_memory, "--gpu-memory"), ram=parse_size(ram, "--ram"), policy=policy,
+        predictor=predictor, adapt=adapt,
+    )  # fmt: skip
+    from moe_offload import bench_command
+
+    wishes = bench_command.BenchWishes(
+        prompt_tokens, new_tokens, batch, depth, repeats, warm_up, random_tokens, prompt_file,
+        bench_command.chosen_output(output, as_json),
+    )  # fmt: skip
+    return bench_command.bench(options, wishes)
+
+
+@app.command(
     name="bench-cpu",
     help="Measure what this CPU's kernels reach of what its memory gives.\n\n"
     "One layer of experts in each format; about 20 seconds, more where kernels compile first. "
