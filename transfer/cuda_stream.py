@@ -6,7 +6,7 @@ milliseconds, so a base serves for some seconds only; the next is taken on a str
 
 import time
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -101,18 +101,17 @@ class CudaEvent(Event):
 class CudaStream(Stream):
     """A stream of torch; without `raw` the one that is torch's current stream whenever it is used."""
 
-    __slots__ = ("name", "runtime", "_raw", "_of_cupy")
+    __slots__ = ("name", "runtime", "_raw")
 
     def __init__(self, runtime: CudaRuntime, name: str, raw: torch.cuda.Stream | None) -> None:
         self.runtime, self.name, self._raw = runtime, name, raw
-        self._of_cupy: dict[int, Any] = {}
 
     @property
     def raw(self) -> torch.cuda.Stream:
         return torch.cuda.current_stream(self.runtime.device) if self._raw is None else self._raw
 
     def entered(self) -> AbstractContextManager[object]:
-        """Within it, torch's work and CuPy's device are this stream's."""
+        """Within it, torch's work is this stream's, and so are our kernels."""
         return torch.cuda.device(self.runtime.device) if self._raw is None else torch.cuda.stream(self._raw)
 
     def wait(self, event: Event) -> None:
@@ -127,24 +126,3 @@ class CudaStream(Stream):
             raw = self.runtime.take(timed)
             raw.record(self.raw)
         return CudaEvent(self.runtime, raw, base)
-
-    def of_cupy(self) -> Any:
-        """The same stream for CuPy: `with stream.of_cupy(): kernel(grid, block, arguments)`, within a launch."""
-        raw = self.raw
-        handle = int(raw.cuda_stream)
-        found = self._of_cupy.get(handle)
-        if found is None:
-            found = self._of_cupy[handle] = external_stream(raw)
-        return found
-
-
-def external_stream(stream: torch.cuda.Stream) -> Any:
-    """A stream of torch as one of CuPy."""
-    import cupy
-
-    handle = int(stream.cuda_stream)
-    if handle == 0:  # the default stream
-        return cupy.cuda.Stream.null
-    if hasattr(cupy.cuda.Stream, "from_external") and hasattr(stream, "__cuda_stream__"):
-        return cupy.cuda.Stream.from_external(stream)
-    return cupy.cuda.ExternalStream(handle, stream.device_index)  # older than the protocol

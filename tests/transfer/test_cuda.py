@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from moe_offload.gpu_kernels.cupy_kernels import CupyKernels
+from moe_offload.gpu_kernels.fused_experts import join
 from moe_offload.transfer.accelerator import NOTHING, Buffer, OutOfDeviceMemoryError
 from moe_offload.transfer.cuda import CudaAccelerator
 from moe_offload.transfer.cuda_stream import CudaStream
@@ -189,24 +191,21 @@ def test_opening_by_name() -> None:
     assert isinstance(facts, CudaFacts) and facts.cards[0].name == torch.cuda.get_device_name(0)
 
 
-def test_streams_of_cupy(device: CudaAccelerator) -> None:
-    cupy = pytest.importorskip("cupy")
-    source = 'extern "C" __global__ void add(unsigned char* x, int n) { int i = threadIdx.x; if (i < n) x[i] += 3; }'
-    kernel = cupy.RawKernel(source, "add")
-    slot: Buffer = device.allocate(100, "slot")
+def test_our_kernels_on_streams(device: CudaAccelerator) -> None:
+    pytest.importorskip("cupy")
+    kernels = CupyKernels(device.index)
+    slot: Buffer = device.allocate(400, "slot")
     for stream in (device.compute, device.stream("side")):
-        assert isinstance(stream, CudaStream)
 
-        def add(data: torch.Tensor, stream: CudaStream = stream) -> None:
-            data.zero_()
-            with stream.of_cupy():
-                kernel((1,), (128,), (np.uintp(data.data_ptr()), np.int32(100)))
+        def join_three(data: torch.Tensor) -> None:
+            out, threes = data.view(torch.float32).view(1, 100), torch.full((1, 100), 3.0, device=data.device)
+            join(kernels, out, threes, None)
 
-        device.launch(stream, add, [], [slot], NOTHING)
-        out = device.host_arena(4096).take(100, "out")
+        device.launch(stream, join_three, [], [slot], NOTHING)
+        out = device.host_arena(4096).take(400, "out")
         device.copy_out(out, slot, stream)
         stream.synchronize()
-        assert bool((out.host() == 3).all())
+        assert bool((out.host().view(np.float32) == 3).all())
 
 
 _LOSE = """

@@ -1,6 +1,5 @@
 """The CUDA accelerator's calls, on a stand-in for torch.cuda. On a real card: test_cuda.py."""
 
-import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -413,25 +412,3 @@ def test_buffers_made_in_inference_mode_can_be_written_outside_of_it(device: Cud
         slot = device.allocate(100, "slot")
         part = slot.part(0, 10).tensor
     assert not part.is_inference() and not slot.tensor.is_inference()
-
-
-def test_streams_for_cupy(cuda: FakeCuda, device: CudaAccelerator, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[object] = []
-
-    class Stream:
-        null = "null"
-
-        @staticmethod
-        def from_external(stream: object) -> tuple[str, object]:
-            made.append(stream)
-            return "external", stream
-
-    cupy = SimpleNamespace(cuda=SimpleNamespace(Stream=Stream, ExternalStream=lambda handle, card: (handle, card)))
-    monkeypatch.setitem(sys.modules, "cupy", cupy)
-    copies = device.stream("copy")
-    assert device.compute.of_cupy() == "null"
-    assert copies.of_cupy() == ("external", copies.raw) and copies.of_cupy() is copies.of_cupy()
-    assert made == [copies.raw]  # once for a stream
-    monkeypatch.delattr(Stream, "from_external")
-    other = device.stream("other")
-    assert other.of_cupy() == (other.raw.cuda_stream, 0)
