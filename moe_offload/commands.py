@@ -277,7 +277,8 @@ def bench_cpu(
 
 
 @app.command(
-    help="Show what this machine has, whether it fits together, and the command that mends what does not.\n\n"
+    help="Show what this machine has, what it reaches, whether it fits together, and what mends what does not.\n\n"
+    "Reads memory and disks for a second or two each. "
     "Ends with 0 where models can run, if only on the CPU, and with 1 where they cannot or where the device that was "
     "asked for cannot be used."
 )
@@ -285,12 +286,15 @@ def doctor(
     device: Annotated[
         str, typer.Option(metavar="[auto|cpu|cuda|cuda:N]", help="Say whether models can run on this one.")
     ] = "auto",
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Measure nothing: neither memory nor disks nor copies to cards.")
+    ] = False,
     as_json: cli_options.Json = False,
     verbose: cli_options.Verbose = False,
 ) -> int:
     from moe_offload import doctor_command
 
-    return doctor_command.doctor(device, as_json)
+    return doctor_command.doctor(device, as_json, quick)
 
 
 @app.command(
@@ -379,6 +383,75 @@ def train_predictor(
 
     wishes = train_command.TrainWishes(prompts, trace, output, passes, max_tokens, sequence_tokens, seed)
     return train_command.train_predictor(opened, wishes, as_json=as_json)
+
+
+@app.command(
+    help="Check that what runs here computes what transformers does, and what fewer bits cost.\n\n"
+    "Logits on a text are held against transformers' own model with eager experts, which runs layer by layer and need "
+    "not fit in memory. Each sequence's last tokens are given one by one, as when text is generated. "
+    "Ends with 1 where the difference is larger than asked for."
+)
+def verify(
+    model: cli_options.Model,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Text, or a .jsonl file as of moe-offload trace; by default a module of Python's library.",
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens to compare on, at most.")] = 2048,
+    sequence_tokens: Annotated[
+        int | None, typer.Option(help="Tokens that the text is cut into; 512 by default.", show_default=False)
+    ] = None,
+    decode_tokens: Annotated[int, typer.Option(help="Tokens of each sequence that are given one by one.")] = 16,
+    reference_dtype: Annotated[
+        str, typer.Option(metavar="[auto|bf16|f16|f32]", help="What the reference computes in; auto: as stored.")
+    ] = "auto",
+    max_perplexity_change: Annotated[
+        float | None,
+        typer.Option(metavar="PERCENT", help="End with 1 where perplexity rises by more.", show_default=False),
+    ] = None,
+    min_top1: Annotated[
+        float | None,
+        typer.Option(
+            "--min-top1",
+            metavar="PERCENT",
+            help="End with 1 where the most probable token is the same at fewer positions.",
+            show_default=False,
+        ),
+    ] = None,
+    threads: cli_options.Threads = None,
+    weights: cli_options.Weights = "auto",
+    dtype: cli_options.Dtype = "auto",
+    memory_limit: cli_options.MemoryLimit = None,
+    activations: cli_options.Activations = "auto",
+    pack_dir: cli_options.PackDir = None,
+    dense: cli_options.Dense = "auto",
+    attn_implementation: cli_options.AttnImplementation = None,
+    device: cli_options.Device = "auto",
+    gpu_memory: cli_options.GpuMemory = None,
+    ram: cli_options.Ram = None,
+    policy: cli_options.PolicyName = "ours",
+    predictor: cli_options.Predictor = "auto",
+    adapt: cli_options.Adapt = True,
+    revision: cli_options.Revision = None,
+    as_json: cli_options.Json = False,
+    verbose: cli_options.Verbose = False,
+) -> int:
+    options = ModelOptions(
+        model, weights, dtype, threads, parse_size(memory_limit, "--memory-limit"), attn_implementation,
+        revision, verbose, show_progress=not as_json, activations=activations, pack_dir=pack_dir, dense=dense,
+        device=device, gpu_memory=parse_size(gpu_memory, "--gpu-memory"), ram=parse_size(ram, "--ram"), policy=policy,
+        predictor=predictor, adapt=adapt,
+    )  # fmt: skip
+    opened = open_model(options)
+    from moe_offload import verify_command
+
+    wishes = verify_command.VerifyWishes(
+        prompts, tokens, sequence_tokens, decode_tokens, reference_dtype, max_perplexity_change, min_top1
+    )
+    return verify_command.verify(opened, wishes, as_json=as_json)
 
 
 def _prompt(prompt: str | None, prompt_file: Path | None) -> str:

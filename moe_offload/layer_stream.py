@@ -1,8 +1,8 @@
 """The reference's logits for many sequences, its layers' weights in memory one after the other.
 
-All sequences' forwards are suspended side by side (`suspended_forward.py`). The layer that they wait for is filled, runs
-for each of them, and is emptied. They stop again in front of the head, where all that is held of a sequence is a hidden
-state per token; `logits` lets one of them go on to its end.
+All sequences' forwards are suspended side by side (`suspended_forward.py`). The layer that they wait for is filled,
+runs for each of them, and is emptied. They stop again in front of the head, where all that is held of a sequence is a
+hidden state per token; `logits` lets one of them go on to its end.
 """
 
 from collections.abc import Callable, Sequence

@@ -41,7 +41,7 @@ class Agreement:
 class Comparison:
     """Sums over the positions that were added."""
 
-    _tokens: int = 0
+    tokens: int = 0
     _logits: int = 0
     _same: int = 0
     _max_error: float = 0.0
@@ -68,7 +68,7 @@ class Comparison:
 
     def merge(self, other: "Comparison") -> None:
         """Add what another has seen."""
-        self._tokens += other._tokens
+        self.tokens += other.tokens
         self._logits += other._logits
         self._same += other._same
         self._max_error = _greater(self._max_error, other._max_error)
@@ -81,7 +81,7 @@ class Comparison:
 
     def result(self) -> Agreement:
         """The figures. Raises ValueError when nothing was added."""
-        if not self._tokens:
+        if not self.tokens:
             raise ValueError("nothing was compared")
         losses = torch.cat(self._losses, dim=1)
         scored = losses.shape[1]
@@ -90,10 +90,10 @@ class Comparison:
         error = float(differences.std()) / math.sqrt(scored) if scored > 1 else math.nan
         mean = self._sum / self._logits
         return Agreement(
-            self._tokens, scored, self._max_error, self._error / self._logits,
+            self.tokens, scored, self._max_error, self._error / self._logits,
             math.sqrt(max(self._squares / self._logits - mean * mean, 0.0)),
-            100 * self._same / self._tokens, self._divergence / self._tokens, self._max_divergence,
-            base, changed, 100 * math.expm1(float(differences.mean())) if scored else math.nan,
+            100 * self._same / self.tokens, self._divergence / self.tokens, self._max_divergence,
+            base, changed, 100 * math.expm1(min(float(differences.mean()), 700.0)) if scored else math.nan,
             100 * changed / base * error,
         )  # fmt: skip
 
@@ -101,7 +101,7 @@ class Comparison:
         # what a model rules out is -inf on both sides, and no number once subtracted
         error = torch.where(reference == model, 0.0, (reference - model).abs())
         finite = reference[reference.isfinite()].double()
-        self._tokens += len(reference)
+        self.tokens += len(reference)
         self._logits += len(finite)
         self._same += int((reference.argmax(-1) == model.argmax(-1)).sum())
         self._max_error = _greater(self._max_error, float(error.max()))
