@@ -1,0 +1,1 @@
+"""LayerScope, its rivals and ours on simulated legacy servers: see __main__.py."""
