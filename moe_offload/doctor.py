@@ -1,17 +1,18 @@
 """The judgement of `moe-offload doctor`: what follows from the facts about a machine. Looks at nothing itself."""
 
-import re
 from dataclasses import dataclass, replace
 
 from moe_offload.doctor_cards import card_findings
+from moe_offload.doctor_cpu import cpu_findings
+from moe_offload.doctor_disk import disk_findings
 from moe_offload.doctor_driver import driver_findings, last_driver_note, no_card
 from moe_offload.doctor_facts import MachineFacts
 from moe_offload.doctor_findings import Finding, capabilities, is_supported, is_usable, torch_build
+from moe_offload.doctor_memory import memory_findings
+from moe_offload.doctor_software import software_findings, transformers_finding
 from moe_offload.transfer.cupy_check import CupyFacts, find_cupy_problem, remove_second_compiler
 from moe_offload.transfer.find_device import DeviceChoice, cuda_problem
 
-TRANSFORMERS = "transformers>=5.14,<6"  # as pyproject.toml has it
-_OLDEST_TRANSFORMERS, _NEXT_TRANSFORMERS = (5, 14), (6,)
 _ORDER = ("problem", "advice", "note")
 
 
@@ -35,18 +36,19 @@ class Verdict:
 def judge(facts: MachineFacts, device: DeviceChoice | None = None) -> Verdict:
     """Never raises. The worst findings come first. `device`: what was asked for, None for whatever there is."""
     usable = tuple(card.index for card in facts.cards if card.index is not None and is_usable(facts, card))
-    library = _transformers(facts.transformers)
     of_cards = _of_cards(facts) if facts.cards else [no_card(facts)]
     if not usable and not of_cards:  # a card of which nobody knows more than its name
         unseen = cuda_problem(facts.cuda, 0) or "no card can be used"
         of_cards = [Finding("problem", unseen, instruction="see what nvidia-smi says")]
-    findings = sorted(
-        of_cards if library is None else [library, *of_cards], key=lambda each: _ORDER.index(each.severity)
-    )
+    library = transformers_finding(facts.transformers)
+    of_software = [*([] if library is None else [library]), *software_findings(facts.software, facts.cpu)]
+    of_host = cpu_findings(facts.cpu) + memory_findings(facts.memory, bool(usable)) + disk_findings(facts.disks)
+    findings = sorted([*of_software, *of_cards, *of_host], key=lambda each: _ORDER.index(each.severity))
+    runs = all(each.severity != "problem" for each in of_software)
     refused = None
     if device is not None and device.kind == "cuda" and device.index not in usable:
         refused = _refused(facts, device.index, of_cards)
-    return Verdict(library is None, usable, tuple(findings), refused)
+    return Verdict(runs, usable, tuple(findings), refused)
 
 
 def _of_cards(facts: MachineFacts) -> list[Finding]:
@@ -93,14 +95,6 @@ def cupy_needs(facts: MachineFacts) -> CupyFacts:
         cuda=facts.cuda.cuda if serves else planned,
         driver=facts.driver.version,
     )
-
-
-def _transformers(version: str | None) -> Finding | None:
-    numbers = re.match(r"(\d{1,9})(?:\.(\d{1,9}))?", version or "", re.ASCII)
-    if numbers is not None and _OLDEST_TRANSFORMERS <= (int(numbers[1]), int(numbers[2] or 0)) < _NEXT_TRANSFORMERS:
-        return None
-    text = "transformers is not installed" if version is None else f"transformers {version} does not fit"
-    return Finding("problem", f"{text}: no model runs", command=f'pip install "{TRANSFORMERS}"')
 
 
 def _refused(facts: MachineFacts, index: int, findings: list[Finding]) -> str:

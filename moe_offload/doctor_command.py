@@ -1,12 +1,13 @@
 """`moe-offload doctor`: looks, judges, prints, and ends with a code that scripts can ask for."""
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from moe_offload import terminal
 from moe_offload.models.errors import OptionError
-from moe_offload.progress import Activity
 
 if TYPE_CHECKING:
     from moe_offload.doctor import Verdict
@@ -15,9 +16,12 @@ if TYPE_CHECKING:
 _CANNOT = 1
 
 
-def doctor(device: str, as_json: bool) -> int:
-    """Look at this machine and print. Raises OptionError for what is no real device, and for a torch that is broken."""
-    with Activity("looking at this machine", enabled=not as_json):
+def doctor(device: str, as_json: bool, quick: bool = False) -> int:
+    """Look at this machine and print. Raises OptionError for what is no real device, and for a torch that is broken.
+
+    quick: measure nothing.
+    """
+    with _saying("looking at this machine", not as_json) as say:
         try:
             import torch  # noqa: F401
         except Exception as error:  # a library that is missing, or one that the loader does not take
@@ -35,7 +39,7 @@ def doctor(device: str, as_json: bool) -> int:
             raise OptionError(f"--device {device}: {error}") from error
         if choice.kind == "virtual":
             raise OptionError(f"--device {device} is simulated, and runs anywhere: give auto, cpu, cuda or cuda:N")
-        facts = detect_machine()
+        facts = detect_machine(measure=not quick, report=say)
     verdict = judge(facts, choice)
     if as_json:
         terminal.write(json.dumps(to_dict(facts, verdict), ensure_ascii=False, indent=2) + "\n")
@@ -44,6 +48,17 @@ def doctor(device: str, as_json: bool) -> int:
     if verdict.refused is not None:
         terminal.error(f"{choice} cannot be used: {verdict.refused}")
     return 0 if verdict.good else _CANNOT
+
+
+@contextmanager
+def _saying(what: str, enabled: bool) -> Iterator[Callable[[str], None]]:
+    """A line on the terminal from the start, before libraries are imported, that says what is being done."""
+    console = terminal.console()
+    if not (enabled and console.is_terminal):
+        yield lambda _: None
+        return
+    with console.status(what) as status:
+        yield lambda detail: status.update(f"{what}: {detail}")
 
 
 def to_dict(facts: "MachineFacts", verdict: "Verdict") -> dict[str, Any]:

@@ -2,33 +2,20 @@
 
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from importlib import metadata
 from pathlib import Path
 
 from moe_offload import __version__
-from moe_offload.bench_cpu import tier_name
-from moe_offload.cpu_kernels.amx import permission
-from moe_offload.cpu_kernels.processors import default_threads
-from moe_offload.cpu_kernels.target import current_target
-from moe_offload.machine import cpu_name
-from moe_offload.memory import Memory, detect_memory
+from moe_offload.doctor_cpu_facts import CpuFacts, detect_cpu
+from moe_offload.doctor_disk_facts import DiskFacts, detect_disks
+from moe_offload.doctor_memory_facts import MemoryFacts, detect_main_memory
+from moe_offload.doctor_software_facts import SoftwareFacts, detect_software, version_of
 from moe_offload.transfer.card_facts import CardFacts, DriverFacts, detect_cards, measure_copy
 from moe_offload.transfer.cupy_check import CupyFacts, detect_cupy
 from moe_offload.transfer.find_device import CudaFacts, cuda_problem, detect_cuda
 
 _COPY_BYTES = 64 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class CpuFacts:
-    """`cores`: physical ones that this process may use. `tier`: the instruction set of the kernels."""
-
-    name: str
-    cores: int
-    tier: str
-    memory: Memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,33 +36,46 @@ class MachineFacts:
     container: bool = False
     python: str = field(default_factory=platform.python_version)
     version: str = __version__
+    memory: MemoryFacts = MemoryFacts(0, 0)
+    disks: tuple[DiskFacts, ...] = ()
+    software: SoftwareFacts = SoftwareFacts()
 
 
-def detect_machine(root: Path = Path("/"), environment: Mapping[str, str] = os.environ) -> MachineFacts:
-    """Takes as long as starting CUDA does, and a second for each card that is measured."""
+def detect_machine(
+    root: Path = Path("/"),
+    environment: Mapping[str, str] = os.environ,
+    *,
+    measure: bool = True,
+    report: Callable[[str], None] = lambda _: None,
+) -> MachineFacts:
+    """Takes as long as starting CUDA does, and a second or two for each of what is measured: main memory, disks, cards.
+
+    report: called with what is being done.
+    """
+    if measure:
+        report("reading memory as fast as it goes")
+    cpu = detect_cpu(root, measure)
+    if measure:
+        report("reading from disk as fast as it goes")
+    disks = detect_disks(root, measure)
+    report("looking for cards")
     cuda = detect_cuda()
     driver, cards = detect_cards(cuda, root)
     capabilities = [card.capability for card in cards if card.capability is not None]
     return MachineFacts(
-        detect_cpu(),
+        cpu,
         cuda,
         detect_cupy(min(capabilities, default=None), driver.version),
         driver,
-        tuple(_measured(card, cuda) for card in cards),
-        _version("transformers"),
+        tuple(_measured(card, cuda) if measure else card for card in cards),
+        version_of("transformers"),
         environment.get("CUDA_VISIBLE_DEVICES"),
         "microsoft" in platform.release().lower(),
         any((root / name).exists() for name in (".dockerenv", "run/.containerenv")),
+        memory=detect_main_memory(root),
+        disks=disks,
+        software=detect_software(environment),
     )
-
-
-def detect_cpu() -> CpuFacts:
-    """The CPU as the engine would use it, under this process's affinity and control group."""
-    target = current_target()
-    tier = tier_name(target)
-    if target.tiles:
-        tier += " and AMX" if permission() else " (AMX is there, but the system refuses it)"
-    return CpuFacts(cpu_name(), default_threads(), tier, detect_memory())
 
 
 def _measured(card: CardFacts, cuda: CudaFacts) -> CardFacts:
@@ -92,10 +92,3 @@ def _measured(card: CardFacts, cuda: CudaFacts) -> CardFacts:
             accelerator.close()
     except Exception as error:
         return replace(card, copy_error=str(error).strip().partition("\n")[0] or type(error).__name__)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except Exception:  # not there, or its record is damaged
-        return None

@@ -8,6 +8,7 @@ from moe_offload.transfer.card_facts import CardFacts
 from moe_offload.transfer.find_device import ANOTHER_TORCH, NEW_CARDS, OLD_CARDS, cuda_problem
 
 Severity = Literal["problem", "advice", "note"]
+Section = Literal["CPU", "memory", "disk", "GPU", "software"]
 Build = Literal["cu126", "cu130"]
 Capability = tuple[int, int]
 
@@ -15,9 +16,7 @@ PASCAL, VOLTA, TURING, AMPERE, HOPPER = (6, 0), (7, 0), (7, 5), (8, 0), (9, 0)
 LAST_FOR_VOLTA = 580  # the last driver branch for Maxwell, Pascal and Volta
 _DRIVER_OF_CUDA = {13: (580,), 12: (525, 60, 13), 11: (450, 80, 2)}
 # pip takes a torch of another build for the one that is asked for, and changes nothing: so it has to go first
-_TORCH = {
-    build: f"{ANOTHER_TORCH} && {command}" for build, command in (("cu126", OLD_CARDS), ("cu130", NEW_CARDS))
-}
+_TORCH = {build: f"{ANOTHER_TORCH} && {command}" for build, command in (("cu126", OLD_CARDS), ("cu130", NEW_CARDS))}
 INSTALL_DRIVER = (
     f"install NVIDIA's driver {LAST_FOR_VOLTA}, the last that drives Pascal and Volta, and restart; on Ubuntu: "
     f"sudo apt install nvidia-driver-{LAST_FOR_VOLTA} (not -open, which drives no card before Turing)"
@@ -30,6 +29,7 @@ class Finding:
 
     A "problem" keeps a card, or everything, from being used; "advice" makes it better; a "note" is worth knowing.
     `card`: torch's number of the card that it is about, None for all of the machine.
+    `section`: of the report, where it belongs to.
     """
 
     severity: Severity
@@ -37,6 +37,7 @@ class Finding:
     command: str | None = None
     instruction: str | None = None
     card: int | None = None
+    section: Section = "GPU"
 
     def __post_init__(self) -> None:
         mends = sum(each is not None for each in (self.command, self.instruction))

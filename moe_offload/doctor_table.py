@@ -8,6 +8,7 @@ from moe_offload.doctor import Verdict
 from moe_offload.doctor_cards import numeric_paths, spoken
 from moe_offload.doctor_facts import MachineFacts
 from moe_offload.doctor_findings import dotted, is_supported, label
+from moe_offload.doctor_host_table import cpu_table, disk_table, facts_table, memory_table, software_table
 from moe_offload.memory import format_bytes
 from moe_offload.transfer.card_facts import CardFacts, Link
 
@@ -17,10 +18,18 @@ _COLOURS = {"problem": "bold red", "advice": "bold yellow", "note": "bold"}
 def print_verdict(facts: MachineFacts, verdict: Verdict) -> None:
     """Facts, conclusion, findings on stdout. Commands stand on lines of their own, never wrapped: to be copied."""
     console = Console(highlight=False)
-    console.print(_facts(facts))
+    tables = {
+        "CPU": cpu_table(facts.cpu),
+        "memory": memory_table(facts.memory),
+        "disk": disk_table(facts.disks),
+        "GPU": _gpu(facts),
+        "software": software_table(facts),
+    }
+    for section, table in tables.items():
+        console.print(Group(_heading(section, verdict), table, Text()))
     for card in facts.cards:
-        console.print(Group(Text(), _card(card, verdict)))
-    console.print(Group(Text(), _conclusion(facts, verdict)))
+        console.print(Group(_card(card, verdict), Text()))
+    console.print(Text.assemble(("verdict: ", "bold"), _conclusion(facts, verdict)))
     for finding in verdict.findings:
         console.print(Text.assemble("\n", (f"{finding.severity}: ", _COLOURS[finding.severity]), finding.text))
         if finding.command is not None:
@@ -31,27 +40,25 @@ def print_verdict(facts: MachineFacts, verdict: Verdict) -> None:
         console.print(Text("\nThen run moe-offload doctor again.", style="dim"))
 
 
-def _facts(facts: MachineFacts) -> Table:
-    table = _table()
-    memory = facts.cpu.memory
-    table.add_row("CPU", Text(facts.cpu.name))
-    table.add_row("", f"{facts.cpu.cores} core{'' if facts.cpu.cores == 1 else 's'} usable, {facts.cpu.tier}")
-    table.add_row("memory", f"{format_bytes(memory.total)}, {format_bytes(memory.available)} free")
-    table.add_row("GPU", "none" if not facts.cards else f"{len(facts.cards)}, see below")
+def _heading(section: str, verdict: Verdict) -> Text:
+    """With the worst of what is said of it below."""
+    worst = next((each.severity for each in verdict.findings if each.section == section), None)
+    if worst is None:
+        return Text.assemble((section, "bold"), ": ", ("good", "green"))
+    return Text.assemble((section, "bold"), ": ", (f"{worst} below", _COLOURS[worst]))
+
+
+def _gpu(facts: MachineFacts) -> Table:
+    table = facts_table()
+    table.add_row("cards", "none" if not facts.cards else str(len(facts.cards)))
     driver = facts.driver
     if driver.version is not None:
         newest = f", for CUDA up to {spoken(driver.cuda)}" if driver.cuda is not None else ""
         table.add_row(
             "driver", f"{dotted(driver.version)}{newest}{', open kernel module' if driver.open_module else ''}"
         )
-    table.add_row("software", f"moe-offload {facts.version}, Python {facts.python}")
-    table.add_row("", f"transformers {facts.transformers or 'not installed'}")
-    cuda = facts.cuda
-    built = "without CUDA" if cuda.cuda is None else f"with CUDA {cuda.cuda}"
-    code = f" for {' '.join(cuda.architectures)}" if cuda.architectures else ""
-    table.add_row("", f"torch {cuda.torch}, built {built}{code}")
     if facts.cupy.wheels or facts.cards:
-        table.add_row("", Text(_cupy(facts)))
+        table.add_row("CuPy", Text(_cupy(facts)))
     return table
 
 
@@ -67,7 +74,7 @@ def _cupy(facts: MachineFacts) -> str:
 
 
 def _card(card: CardFacts, verdict: Verdict) -> Table:
-    table = _table()
+    table = facts_table()
     name = f"cuda:{card.index}" if card.index is not None else "GPU"
     known = f", compute capability {spoken(card.capability)}" if card.capability is not None else ""
     table.add_row(name, Text(f"{card.name if card.index is not None else label(card)}{known}", style="bold"))
@@ -114,10 +121,3 @@ def _conclusion(facts: MachineFacts, verdict: Verdict) -> Text:
         f" (also usable: {', '.join(f'cuda:{index}' for index in verdict.usable[1:])})" if verdict.usable[1:] else ""
     )
     return Text(f"Models run here, on {label(card)} and the CPU together{others}.", style="bold green")
-
-
-def _table() -> Table:
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    table.add_column(style="dim", no_wrap=True, min_width=11)
-    table.add_column(overflow="fold")
-    return table

@@ -8,6 +8,7 @@ import psutil
 from moe_offload.models.errors import NotEnoughMemoryError
 
 _CGROUP = Path("/sys/fs/cgroup")
+_MEMBERSHIP = Path("/proc/self/cgroup")
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,21 +19,63 @@ class Memory:
     available: int
 
 
-def detect_memory(cgroup: Path = _CGROUP) -> Memory:
-    """What is there now. `cgroup` is the control group's folder (v2, or v1's `memory` below it)."""
+@dataclass(frozen=True, slots=True)
+class GroupLimit:
+    """A control group that bounds this process's memory. `used`: without file pages, which the kernel gives back."""
+
+    name: str
+    limit: int
+    used: int
+
+
+def detect_memory(cgroup: Path = _CGROUP, membership: Path = _MEMBERSHIP) -> Memory:
+    """What is there now. `cgroup` is where control groups are mounted, `membership` says which of them are ours."""
     machine = psutil.virtual_memory()
     total, available = int(machine.total), int(machine.available)
-    for limit_file, usage_file, stat_key in (
-        (cgroup / "memory.max", cgroup / "memory.current", "inactive_file"),
-        (cgroup / "memory/memory.limit_in_bytes", cgroup / "memory/memory.usage_in_bytes", "total_inactive_file"),
-    ):
-        limit, used = _number(limit_file), _number(usage_file)
-        if limit is not None and used is not None and limit < total:
-            # Cached file pages count as used, but the kernel gives them back before it refuses memory.
-            used -= _stat(limit_file.parent / "memory.stat", stat_key)
-            total = limit
-            available = min(available, max(limit - used, 0))
+    for group in group_limits(cgroup, membership):
+        total = min(total, group.limit)
+        available = min(available, max(group.limit - group.used, 0))
     return Memory(total, available)
+
+
+def group_limits(cgroup: Path = _CGROUP, membership: Path = _MEMBERSHIP) -> list[GroupLimit]:
+    """The limits below the machine's own memory, of this process's group and of those around it, inmost first."""
+    machine = int(psutil.virtual_memory().total)
+    groups = []
+    for folder in group_folders("memory", cgroup, membership):
+        for limit_name, usage_name, stat_key in (
+            ("memory.high", "memory.current", "inactive_file"),
+            ("memory.max", "memory.current", "inactive_file"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ):
+            limit, used = _number(folder / limit_name), _number(folder / usage_name)
+            if limit is not None and used is not None and limit < machine:
+                used = max(used - _stat(folder / "memory.stat", stat_key), 0)
+                groups.append(GroupLimit(str(folder / limit_name), limit, used))
+    return groups
+
+
+def group_folders(controller: str, cgroup: Path = _CGROUP, membership: Path = _MEMBERSHIP) -> list[Path]:
+    """The folders of this process's control group and of those around it, inmost first, of version 2 and version 1.
+
+    A container may not see the folder that it is in: then those above it remain, of which the last is its own.
+    """
+    try:
+        lines = membership.read_text().splitlines()
+    except OSError:
+        lines = []
+    folders: dict[Path, None] = {}
+    for line in [*lines, "0::/", f"0:{controller}:/"]:
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
+        if controllers and controller not in controllers.split(","):
+            continue
+        mount = cgroup / controller if controllers else cgroup
+        place = mount / path.lstrip("/")
+        for folder in (place, *place.parents):
+            folders[folder] = None
+            if folder == mount:
+                break
+    return list(folders)
 
 
 def memory_room(limit: int | None) -> int:
@@ -77,4 +120,7 @@ def _stat(path: Path, key: str) -> int:
     except OSError:
         return 0
     values = dict(line.split()[:2] for line in lines if len(line.split()) >= 2)
-    return int(values.get(key, 0))
+    try:
+        return int(values.get(key, 0))
+    except ValueError:
+        return 0

@@ -13,19 +13,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_offload import doctor_facts
-from moe_offload.doctor import TRANSFORMERS, Verdict, judge
+from moe_offload.doctor import Verdict, judge
 from moe_offload.doctor_cards import numeric_paths
 from moe_offload.doctor_driver import hides_all
-from moe_offload.doctor_facts import CpuFacts, MachineFacts, detect_machine
+from moe_offload.doctor_facts import MachineFacts, detect_machine
 from moe_offload.doctor_findings import Finding, torch_build
-from moe_offload.memory import Memory
+from moe_offload.doctor_software import TRANSFORMERS
+from moe_offload.doctor_software_facts import PACKAGES
 from moe_offload.transfer.card_facts import CardFacts, DriverFacts, Link
 from moe_offload.transfer.cupy_check import CupyFacts
 from moe_offload.transfer.find_device import NEW_CARDS, OLD_CARDS, Card, CudaFacts, DeviceChoice, cuda_problem
+from tests import doctor_cases
+from tests.doctor_cases import CPU, DISK, GIB, MEMORY, SOFTWARE
 
-GIB = 1 << 30
 PYPROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
-CPU = CpuFacts("Intel(R) Xeon(R) CPU E5-2680 v4 @ 2.40GHz", 14, "AVX2", Memory(128 * GIB, 120 * GIB))
 CU126 = ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90")
 CU130 = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120")
 OLD_TORCH, NEW_TORCH = ("2.13.0+cu126", "12.6", CU126), ("2.13.0+cu130", "13.0", CU130)
@@ -63,7 +64,8 @@ def machine(
     of_torch = tuple(Card(each.name, each.capability or (0, 0), each.memory_bytes or 0) for each in cards)
     cuda = CudaFacts(*torch, cards=of_torch if seen else (), trouble=trouble)
     facts = DriverFacts(driver, (13, 0) if driver else None, False, driver is not None, nvml=True)
-    return replace(MachineFacts(CPU, cuda, cupy, facts, cards, "5.23.0"), **more)
+    host: dict[str, Any] = dict(cpu=CPU, memory=MEMORY, disks=(DISK,), software=SOFTWARE)
+    return replace(MachineFacts(CPU, cuda, cupy, facts, cards, "5.23.0"), **{**host, **more})
 
 
 def told(verdict: Verdict, *severities: str) -> list[str | None]:
@@ -281,14 +283,24 @@ def test_our_own_requirements_are_those_of_the_package() -> None:
     assert TRANSFORMERS in PYPROJECT["project"]["dependencies"]
 
 
+COMMANDS = (
+    "nvidia-smi",
+    "sudo nvidia-modprobe -c 0 -u",
+    "sudo dmesg | grep -iE 'nvrm|xid'",
+    "echo performance | sudo tee /sys/devices/system/cpu/cpu*/cpufreq/scaling_governor",
+    "echo madvise | sudo tee /sys/kernel/mm/transparent_hugepage/enabled",
+    "ps -eo rss,pid,args --sort=-rss | head",
+    "sudo sysctl vm.nr_hugepages=0",
+)
+
+
 def check_command(command: str) -> None:
     """It names what exists: programs, our extras, packages, indexes."""
     extras = PYPROJECT["project"]["optional-dependencies"]
     for part in command.split(" && "):
         program, *words = shlex.split(part.partition(" | ")[0])
         if program != "pip":
-            assert part in ("nvidia-smi", "unset CUDA_VISIBLE_DEVICES", "sudo nvidia-modprobe -c 0 -u",
-                            "sudo dmesg | grep -iE 'nvrm|xid'"), part  # fmt: skip
+            assert part in COMMANDS or re.fullmatch(r"unset( [A-Z_]+)+|export OMP_NUM_THREADS=\d+", part), part
             continue
         for extra in re.findall(r"moe-offload\[(\w+)\]", part):
             assert extra in extras
@@ -299,7 +311,13 @@ def check_command(command: str) -> None:
             assert words[1] == "-y" and words[2:] and set(words[2:]) <= known
         else:
             assert words[0] == "install"
-            assert set(words[1:]) <= {"nvidia-ml-py", TRANSFORMERS, "moe-offload[cuda12]", "moe-offload[cuda13]"}
+            assert set(words[1:]) <= {
+                *PACKAGES,
+                "nvidia-ml-py",
+                TRANSFORMERS,
+                "moe-offload[cuda12]",
+                "moe-offload[cuda13]",
+            }
 
 
 maybe_rate = st.none() | st.floats(0, 1e11)
@@ -329,10 +347,12 @@ drivers_of_any = st.builds(
     st.none() | st.sampled_from(["Driver/library version mismatch", "x"]), st.lists(buses.filter(bool)).map(tuple),
 )  # fmt: skip
 machines = st.builds(
-    MachineFacts, st.just(CPU), cudas_of_any, cupys_of_any, drivers_of_any,
+    MachineFacts, doctor_cases.cpus, cudas_of_any, cupys_of_any, drivers_of_any,
     st.lists(cards_of_any, max_size=3).map(tuple),
     st.none() | st.sampled_from(["5.14", "5.23.0", "6.0", "4", "", "5.x", "٥.14"]),
     st.none() | st.sampled_from(["", "0", "-1", "7", "GPU-", "\0", "٣"]), st.booleans(), st.booleans(),
+    memory=doctor_cases.memories, disks=st.lists(doctor_cases.disks, max_size=2).map(tuple),
+    software=doctor_cases.softwares,
 )  # fmt: skip
 choices = st.sampled_from([None, DeviceChoice("cpu"), DeviceChoice("cuda", 0), DeviceChoice("cuda", 2)])
 
@@ -366,13 +386,13 @@ def test_an_old_card_is_never_sent_to_cuda_13(facts: MachineFacts) -> None:
 
 
 def test_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    facts = detect_machine(environment={"CUDA_VISIBLE_DEVICES": "x"})
+    facts = detect_machine(environment={"CUDA_VISIBLE_DEVICES": "x"}, measure=False)
     assert facts.visible == "x" and facts.cpu.cores >= 1 and facts.cpu.tier and facts.transformers
     assert judge(facts).runs
 
     (tmp_path / ".dockerenv").touch()
     monkeypatch.setattr(platform, "release", lambda: "5.15.153.1-microsoft-standard-WSL2")
-    elsewhere = detect_machine(tmp_path, {})
+    elsewhere = detect_machine(tmp_path, {}, measure=False)
     assert elsewhere.container and elsewhere.wsl and elsewhere.visible is None
 
 
@@ -393,6 +413,8 @@ def test_a_copy_that_fails_is_a_fact(monkeypatch: pytest.MonkeyPatch) -> None:
         "detect_cards",
         lambda *_: (facts.driver, tuple(replace(each, copy_rate=None) for each in facts.cards)),
     )
+    monkeypatch.setattr(doctor_facts, "detect_cpu", lambda *_: CPU)
+    monkeypatch.setattr(doctor_facts, "detect_disks", lambda *_: (DISK,))
     found = detect_machine(environment={})
     assert opened == [0]  # torch has no code for the other
     assert [card.copy_error for card in found.cards] == ["CUDA error: out of memory", None]
