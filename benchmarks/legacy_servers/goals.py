@@ -1,0 +1,130 @@
+"""The goal lines: ours against HybriMoE and the oracle at the paper's setting, and against every static placement.
+
+"Ours" of a cell is the predictor's figure, or popularity's where that is faster: both run in the product, and its gate
+takes the faster one. The figures are simulated, so a goal that is met here is met in simulation.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from benchmarks.legacy_servers.contestants import HYBRIMOE, ORACLE, OURS, STATICS
+from benchmarks.legacy_servers.settings import PAPER_BATCHES, PAPER_SERVER, PAPER_WEIGHTS
+from benchmarks.legacy_servers.simulated import Outcome
+
+TIMES_HYBRIMOE = 2.0
+OF_ORACLE = 0.90
+EQUAL = 0.01  # relative: as fast as
+
+
+def ours(outcome: Outcome) -> float:
+    """Tokens per second."""
+    return max(outcome.speeds[name] for name in OURS)
+
+
+def oracle(outcome: Outcome) -> float:
+    """Tokens per second of whoever knows: ours, where knowing did not help."""
+    return max(outcome.speeds[ORACLE], ours(outcome))
+
+
+def best_static(outcome: Outcome) -> tuple[str, float]:
+    """The fastest placement that never changes."""
+    name = max(STATICS, key=lambda each: outcome.speeds[each])
+    return name, outcome.speeds[name]
+
+
+def in_paper(outcome: Outcome) -> bool:
+    """bf16 on the V100, batch 4 to 64."""
+    cell = outcome.cell
+    return (
+        cell.server == PAPER_SERVER
+        and cell.weights == PAPER_WEIGHTS
+        and cell.batch in PAPER_BATCHES
+        and cell.batch >= 4
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class PaperGoal:
+    """One cell of the paper's setting. The goal is `TIMES_HYBRIMOE` where the oracle reaches that, else `OF_ORACLE`."""
+
+    cell: str
+    over_hybrimoe: float
+    of_oracle: float
+    reachable: bool
+
+    @property
+    def met(self) -> bool:
+        return self.over_hybrimoe >= TIMES_HYBRIMOE or (not self.reachable and self.of_oracle >= OF_ORACLE)
+
+
+@dataclass(frozen=True, slots=True)
+class Below:
+    """A cell where a static placement is faster; ratio: ours over it."""
+
+    cell: str
+    static: str
+    ratio: float
+
+
+@dataclass(frozen=True, slots=True)
+class Goals:
+    """paper: every cell of the paper's setting. below: cells distinctly below a static placement; slightly: how many
+    more are below it by no more than `EQUAL`; cells: of all.
+    """
+
+    paper: tuple[PaperGoal, ...]
+    below: tuple[Below, ...]
+    slightly: int
+    cells: int
+
+    def lines(self) -> list[str]:
+        """For people."""
+        return [self._paper_line(), self._static_line()]
+
+    def _paper_line(self) -> str:
+        if not self.paper:
+            return "goal at the paper's setting: no cell of it was run"
+        met, twice = sum(goal.met for goal in self.paper), sum(g.over_hybrimoe >= TIMES_HYBRIMOE for g in self.paper)
+        gains = [goal.over_hybrimoe for goal in self.paper]
+        shares = [goal.of_oracle for goal in self.paper]
+        verdict = "met" if met == len(gains) else "MISSED"
+        return (
+            f"goal at the paper's setting (V100, bf16, batch 4 to 64), simulated: {verdict},"
+            f" {met} of {len(gains)} cells: at least {TIMES_HYBRIMOE:g}x HybriMoE in {twice} (least {min(gains):.2f}x,"
+            f" most {max(gains):.2f}x), else at least {OF_ORACLE:.0%} of the oracle (least {min(shares):.1%}, mean"
+            f" {sum(shares) / len(shares):.1%})"
+        )
+
+    def _static_line(self) -> str:
+        if not self.cells:
+            return "goal of never below static placement: no cell was run"
+        worst = f" (worst {min(each.ratio for each in self.below):.3f})" if self.below else ""
+        return (
+            "goal never below any static placement, simulated:"
+            f" {'MISSED' if self.below else 'met'}, {len(self.below)} of {self.cells} cells more than {EQUAL:.0%} below{worst}, {self.slightly} below by less"
+        )
+
+    def to_dict(self) -> dict[str, object]:
+        """For JSON."""
+        return {
+            "lines": self.lines(), "paper": [{**asdict(goal), "met": goal.met} for goal in self.paper],
+            "below_static": [asdict(each) for each in self.below], "slightly_below_static": self.slightly,
+            "cells": self.cells,
+        }  # fmt: skip
+
+
+def goals_of(outcomes: Sequence[Outcome]) -> Goals:
+    """Of all cells that were run."""
+    paper, below, slightly = [], [], 0
+    for outcome in outcomes:
+        speed, hybrimoe, most = ours(outcome), outcome.speeds[HYBRIMOE], oracle(outcome)
+        if in_paper(outcome):
+            reachable = most >= TIMES_HYBRIMOE * hybrimoe
+            paper.append(PaperGoal(outcome.cell.key, round(speed / hybrimoe, 4), round(speed / most, 4), reachable))
+        name, static = best_static(outcome)
+        ratio = speed / static
+        if ratio < 1 - EQUAL:
+            below.append(Below(outcome.cell.key, name, round(ratio, 4)))
+        elif ratio < 1:
+            slightly += 1
+    return Goals(tuple(paper), tuple(sorted(below, key=lambda each: each.ratio)), slightly, len(outcomes))
