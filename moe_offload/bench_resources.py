@@ -68,6 +68,9 @@ class Meter:
         side = self._engine.device
         self._accelerator = None if side is None else side.accelerator
         self.other_bytes, self._read_bytes = _other_weights(model)
+        self._device_limit: float | None = None
+        if self._accelerator is not None and not self._accelerator.simulated:
+            self._device_limit = device_read_limit(self._accelerator.torch_device)
 
     @property
     def simulated(self) -> bool:
@@ -108,7 +111,7 @@ class Meter:
             return Limits(profile.host_read_gbs, profile.link_gbs, profile.memory_gbs)
         side = self._engine.device
         link = None if side is None else side.costs.bytes_per_second / 1e9
-        return Limits(read_limit, link, device_read_limit(accelerator.torch_device))
+        return Limits(read_limit, link, self._device_limit)
 
 
 def device_read_limit(device: torch.device) -> float | None:
@@ -118,12 +121,15 @@ def device_read_limit(device: torch.device) -> float | None:
     except torch.OutOfMemoryError:
         return None
     best = 0.0
+    memory.sum()
     for _ in range(_READS):
         torch.cuda.synchronize(device)
         started = time.perf_counter()
         memory.sum()
         torch.cuda.synchronize(device)
         best = max(best, _READ_BYTES / (time.perf_counter() - started) / 1e9)
+    del memory
+    torch.cuda.empty_cache()  # the model wants it
     return best
 
 

@@ -74,13 +74,15 @@ class Facts:
             warm_ups=warm,
         )
 
-    @property
-    def notes(self) -> list[str]:
+    def notes(self, results: Sequence[TestResult]) -> list[str]:
         """What a reader has to know of the figures."""
         warm = f"{self.warm_ups} warm-up run{'' if self.warm_ups == 1 else 's'} before"
+        depths = sorted({each.prompt_tokens for each in results if each.new_tokens})
         found = [
             f"t/s: mean ± standard deviation of {self.repeats} repeat{'' if self.repeats == 1 else 's'}, {warm}; "
-            f"all else: medians. GB/s: of weights. {self.text[:1].upper()}{self.text[1:]}."
+            f"all else: medians. GB/s: of weights. {self.text[:1].upper()}{self.text[1:]}"
+            + "".join(f", generation behind {depth} tokens of it" for depth in depths)
+            + "."
         ]
         if self.random_tokens:
             found.append("Random tokens route unrealistically: take real text for figures that are to mean something.")
@@ -154,7 +156,7 @@ def print_results(facts: Facts, results: Sequence[TestResult]) -> None:
         for row in rows:
             table.add_row(*map(Text, row))
         tables.append(table)
-    console.print(Group(*tables, Text("\n".join(facts.notes), style="dim")))
+    console.print(Group(*tables, Text("\n".join(facts.notes(results)), style="dim")))
 
 
 def _markdown(facts: Facts, results: Sequence[TestResult]) -> str:
@@ -164,14 +166,14 @@ def _markdown(facts: Facts, results: Sequence[TestResult]) -> str:
         lines = [columns, ruler, *rows]
         cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
         parts.append("\n".join(f"| {' | '.join(line)} |" for line in cells))
-    return "\n\n".join([*parts, *facts.notes]) + "\n"
+    return "\n\n".join([*parts, *facts.notes(results)]) + "\n"
 
 
 def _speeds(facts: Facts, results: Sequence[TestResult]) -> tuple[Sequence[str], list[list[str]]]:
     """Columns and rows, as of llama-bench."""
     weights = facts.weights if facts.dense == "stored" else f"{facts.weights} (other {facts.dense})"
     fixed = [
-        facts.model, f"{facts.size_bytes / 2**30:.2f} GiB", f"{facts.params / 1e9:.2f} B", weights,
+        facts.model, _size(facts.size_bytes), _params(facts.params), weights,
         f"{facts.device} (simulated)" if facts.simulated else facts.device,
         "-" if facts.threads is None else str(facts.threads),
     ]  # fmt: skip
@@ -201,6 +203,14 @@ def _rate(resource: Resource | None) -> str:
     if resource.limit is None or resource.share is None:
         return f"{resource.gb_per_s:.2f} GB/s"
     return f"{resource.gb_per_s:.2f} of {resource.limit:.1f} GB/s ({resource.share:.0%})"
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"
+
+
+def _params(count: int) -> str:
+    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.2f} M"
 
 
 def _seconds(seconds: float) -> str:

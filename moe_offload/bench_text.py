@@ -20,6 +20,7 @@ from moe_offload.prompts import require_known_ids
 Ids = NDArray[np.int64]
 
 _CHARACTERS = 8  # of a token, at least as many as are usual: more text is read where it is too little
+_LONG_LINE = 1000  # a sequence begins inside of it
 _LEAST_BYTES = 20_000  # of a source to be a document of its own
 
 
@@ -74,18 +75,21 @@ class RealText:
         return np.array([self._sequence(length) for _ in range(count)], np.int64).reshape(count, length)
 
     def _sequence(self, length: int) -> list[int]:
-        ids, empty = list(self._begin), 0
-        while len(ids) < length:
-            text = next(self._order)
-            # the first line that is drawn is cut anywhere: a document of one line has no other
-            start = int(self._rng.integers(len(text))) if len(text) > _CHARACTERS * length else 0
-            start = text.find("\n", start) + 1 if "\n" in text[start : start + 1000] else start
+        ids, fruitless = list(self._begin), 0
+        text = next(self._order)
+        start = int(self._rng.integers(len(text))) if text else 0
+        line = text.find("\n", start, start + _LONG_LINE)
+        start = start if line < 0 else line + 1
+        while True:
             wanted = _CHARACTERS * (length - len(ids)) + 64
             more: list[int] = self._tokenizer(text[start : start + wanted], add_special_tokens=False)["input_ids"]
+            fruitless = 0 if more else fruitless + 1
+            if fruitless > 1 + len(self._documents):
+                raise OptionError(f"{self.description} has no token: give another")
             ids += more
-            empty = 0 if more else empty + 1
-            if empty > len(self._documents):
-                raise OptionError(f"{self.description} has no token: give it some text")
+            if len(ids) >= length:
+                break
+            text, start = next(self._order), 0
         require_known_ids(ids[:length], self._config)
         return ids[:length]
 
