@@ -114,7 +114,8 @@ def number(value: object) -> float | None:
 
 def _walk(value: Any, path: Path, simulated: bool, unit: str | None, found: Contents) -> None:
     if isinstance(value, dict):
-        simulated = simulated or bool(value.get("simulated")) or (bool(path) and path[-1] == "simulated")
+        said = value.get("simulated")  # true, or in words; a dict of that name is only itself simulated
+        simulated = simulated or said is True or isinstance(said, str) or path[-1:] == ("simulated",)
         given = value.get("unit")
         unit = given if isinstance(given, str) else unit
         spread = _spread(value)

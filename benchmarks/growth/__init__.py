@@ -1,0 +1,1 @@
+"""How cost grows with experts, layers, batch and context: see __main__.py."""
