@@ -454,6 +454,79 @@ def verify(
     return verify_command.verify(opened, wishes, as_json=as_json)
 
 
+@app.command(
+    help="Say before anything is loaded what goes where, what does not fit and what would make it fit, and how fast "
+    "the model would be: on this machine, or on a server by its profile.\n\n"
+    "Needs a model's configuration only. The first plan on this machine measures it for some seconds."
+)
+def plan(
+    model: cli_options.Model,
+    weights: cli_options.Weights = "auto",
+    gpu_memory: cli_options.GpuMemory = None,
+    ram: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="The host's memory for the model; by default what is free.")
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(help="Positions of each sequence; by default 4096.", show_default=False)
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Sequences at a time.")] = 1,
+    profile: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A server of moe-offload profiles, instead of this machine.")
+    ] = None,
+    threads: cli_options.Threads = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Measure this machine anew.")] = False,
+    revision: cli_options.Revision = None,
+    as_json: cli_options.Json = False,
+    verbose: cli_options.Verbose = False,
+) -> None:
+    options = ModelOptions(model, revision=revision, verbose=verbose, show_progress=not as_json)
+    sizes = parse_size(gpu_memory, "--gpu-memory"), parse_size(ram, "--ram")
+    folder = find_folder(options, shards=False)
+    import_libraries(options)
+    from moe_offload import plan_command
+
+    wishes = plan_command.PlanWishes(weights, *sizes, context, batch, profile, threads, measure)
+    plan_command.plan(model, folder, wishes, as_json=as_json)
+
+
+profiles_app = typer.Typer(
+    help="List the servers that plan and --device virtual:NAME know, show one, or save this machine as one.",
+    invoke_without_command=True,
+)
+app.add_typer(profiles_app, name="profiles")
+
+
+@profiles_app.callback()
+def profiles(context: typer.Context, as_json: cli_options.Json = False, verbose: cli_options.Verbose = False) -> None:
+    if context.invoked_subcommand is None:
+        from moe_offload import profile_command
+
+        profile_command.list_profiles(None, as_json)
+
+
+@profiles_app.command("show", help="One profile, with the source of every number.")
+def show_profile(
+    name: Annotated[str, typer.Argument(metavar="NAME", show_default=False)],
+    as_json: cli_options.Json = False,
+    verbose: cli_options.Verbose = False,
+) -> None:
+    from moe_offload import profile_command
+
+    profile_command.list_profiles(name, as_json)
+
+
+@profiles_app.command("save", help="Measure this machine and keep it under a name. Prints the file.")
+def save_profile(
+    name: Annotated[str, typer.Argument(metavar="NAME", show_default=False)],
+    threads: cli_options.Threads = None,
+    as_json: cli_options.Json = False,
+    verbose: cli_options.Verbose = False,
+) -> None:
+    from moe_offload import profile_command
+
+    profile_command.save_profile(name, threads, as_json)
+
+
 def _prompt(prompt: str | None, prompt_file: Path | None) -> str:
     """The text of the prompt, from wherever it comes; OptionError when there is none."""
     if prompt is not None and prompt_file is not None:

@@ -10,27 +10,28 @@ class Source(NamedTuple):
     text: str
 
 
-_DATA_SHEETS = "https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center"
 _MEMORY_SHARE = "65 % of it, as llama.cpp reaches 60 to 70 % at batch 1 on dense models"
 _LINK_3 = Source(
     ("link_gbs",),
-    "PCIe 3.0 x16, page-locked: 10.9 GB/s (RTX 3090 held to it, FreeToken's measurements), 11.8 to 13.0 (LayerScope's "
-    "V100 data); 12 taken",
+    "PCIe 3.0 x16, page-locked: 10.9 GB/s reported of an i9-10900K with an RTX 3090 (public notes), 11.8 to 13.0 from "
+    "copy times in LayerScope's artifact (commit f85e627); 12 taken",
 )
 _LINK_4 = Source(
     ("link_gbs",),
-    "PCIe 4.0 x16, page-locked: 25.1 (RTX 4090) and 25.3 GB/s (RTX 3090), FreeToken's measurements; 25 taken",
+    "PCIe 4.0 x16, page-locked: 25.1 (RTX 4090) and 25.3 GB/s (RTX 3090) reported by a survey of 2026; 25 taken",
 )
-_NVME_3 = Source(("disk_gbs",), "NVMe on PCIe 3.0: 2.6 GB/s in one stream, 3.4 with four readers; 2.6 taken")
-_NVME_4 = Source(("disk_gbs",), "NVMe on PCIe 4.0: data sheets say 5 to 7 GB/s in sequence; 5 taken, an estimate")
-_SATA = Source(("disk_gbs",), "_SATA at 6 Gbit/s: 0.55 GB/s at most; 0.5 taken")
+_NVME_3 = Source(
+    ("disk_gbs",),
+    "NVMe on PCIe 3.0: 2.6 GB/s in one stream, 3.4 with four readers, reported of an i9-10900K (public notes); 2.6",
+)
+_NVME_4 = Source(("disk_gbs",), "NVMe on PCIe 4.0: 5 GB/s, an estimate")
+_SATA = Source(("disk_gbs",), "SATA at 6 Gbit/s carries 0.6 GB/s at most; 0.5 taken, an estimate")
 _STARTS = Source(
     (
         "link_latency", "launch_seconds", "kernel_seconds", "wait_seconds", "host_expert_seconds", "host_job_seconds",
         "jitter",
     ),
-    "estimates: launches of 5 to 10 us by the CPU's clock, empty kernels of 3 to 4 us, waits of 12 to 20 us, as common "
-    "micro-benchmarks of CUDA find; host jobs as of our thread team on a Zen 4",
+    "estimates, measured on none of these servers: launches by the CPU's clock, kernels and waits by the card's age",
 )  # fmt: skip
 _SYSTEM = Source(("host_memory_bytes",), "a typical size for such a server; nothing measured")
 _MEASURED_EXPERTS = Source(
@@ -65,7 +66,7 @@ def _host(page: str, channels: str, cores: str, kernels: str) -> tuple[Source, .
 
 def _nvidia(product: str) -> str:
     """The name under which a data sheet is found."""
-    return f"NVIDIA {product}, data sheet ({_DATA_SHEETS})"
+    return f"NVIDIA's data sheet of the {product}"
 
 
 _VNNI = "90 Gop/s per core and GHz of the AVX-512 VNNI tier"
@@ -76,7 +77,7 @@ SOURCES: dict[str, tuple[Source, ...]] = {
     "v100-6230r": (
         *_card(_nvidia("Tesla V100 PCIe 32 GB"), 900, "112 TFLOP/s of f16 tensor cores", "40 %", "32 GiB"),
         *_host(
-            "Intel Xeon Gold 6230R, ark.intel.com/products/199346",
+            "Intel Xeon Gold 6230R, product page (ARK)",
             "6 x DDR4-2933",
             "26 cores at 2.2 GHz",
             _VNNI,
@@ -90,7 +91,7 @@ SOURCES: dict[str, tuple[Source, ...]] = {
     "p40": (
         *_card(_nvidia("Tesla P40"), 346, "11.8 TFLOP/s of f32", "50 %", "15/16 (ECC) of 24 GiB"),
         *_host(
-            "Intel Xeon E5-2690 v4, ark.intel.com/products/91770",
+            "Intel Xeon E5-2690 v4, product page (ARK)",
             "4 x DDR4-2400",
             "14 cores at 2.9 GHz",
             _ONE_PORT,
@@ -103,7 +104,7 @@ SOURCES: dict[str, tuple[Source, ...]] = {
     "p100": (
         *_card(_nvidia("Tesla P100 PCIe 16 GB"), 732, "18.7 TFLOP/s of f16", "50 %", "16 GiB"),
         *_host(
-            "Intel Xeon E5-2698 v4, ark.intel.com/products/91753",
+            "Intel Xeon E5-2698 v4, product page (ARK)",
             "4 x DDR4-2400",
             "20 cores at 2.5 GHz",
             _ONE_PORT,
@@ -116,7 +117,7 @@ SOURCES: dict[str, tuple[Source, ...]] = {
     "gtx1080ti": (
         *_card("NVIDIA GeForce GTX 1080 Ti, product page", 484, "11.3 TFLOP/s of f32", "50 %", "11 GiB"),
         *_host(
-            "Intel Xeon E5-2680 v4, ark.intel.com/products/91754",
+            "Intel Xeon E5-2680 v4, product page (ARK)",
             "4 x DDR4-2400",
             "14 cores at 2.7 GHz",
             _ONE_PORT,
@@ -134,7 +135,7 @@ SOURCES: dict[str, tuple[Source, ...]] = {
             "40 %",
             "11 GiB",
         ),
-        *_host("Intel Core i9-9900K, ark.intel.com/products/186605", "2 x DDR4-2666", "8 cores at 4.5 GHz", _AVX2),
+        *_host("Intel Core i9-9900K, product page (ARK)", "2 x DDR4-2666", "8 cores at 4.5 GHz", _AVX2),
         _LINK_3,
         _NVME_3,
         _STARTS,
@@ -149,7 +150,7 @@ SOURCES: dict[str, tuple[Source, ...]] = {
             "15/16 (ECC) of 16 GiB",
         ),
         *_host(
-            "Intel Xeon Silver 4216, ark.intel.com/products/193394",
+            "Intel Xeon Silver 4216, product page (ARK)",
             "6 x DDR4-2400",
             "16 cores at 1.9 GHz",
             _VNNI,
