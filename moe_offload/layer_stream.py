@@ -5,12 +5,14 @@ runs for each of them, and is emptied. They stop again in front of the head, whe
 hidden state per token; `logits` lets one of them go on to its end.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
 import torch
+from torch import nn
 
 from moe_offload.suspended_forward import SuspendedForward, stopping_at
 from moe_offload.verify_reference import Reference
@@ -45,21 +47,16 @@ class LayerStream:
         reference = self._reference
         paths = {layer: path for path, layer in reference.layers.items()}
         for ids in batches:
-            self._forwards.append(SuspendedForward(lambda ids=ids: reference.model(input_ids=ids, use_cache=False)))
+            forward = SuspendedForward(partial(reference.model, input_ids=ids, use_cache=False))
+            self._forwards.append(forward)
+            forward.start()
         done = 0
-        while module := next(
-            (m for each in self._forwards if (m := _waits_for(each)) not in (None, reference.head)), None
-        ):
+        while (module := self._awaited()) is not None:
             path = paths.get(module)
-            if path is not None:
-                reference.fill(path)
-            try:
+            with nullcontext() if path is None else self._filled(path):
                 for each in self._forwards:
                     if each.call is not None and each.call.module is module:
                         each.answer(each.call())
-            finally:
-                if path is not None:
-                    reference.empty(path)
             if path is not None:
                 done += 1
                 if progress is not None:
@@ -76,6 +73,15 @@ class LayerStream:
         logits: torch.Tensor = result.logits.float()
         return logits
 
+    def _awaited(self) -> nn.Module | None:
+        """A module that a forward waits for; None where all are at the head or through."""
+        calls = (each.call for each in self._forwards if each.call is not None)
+        return next((call.module for call in calls if call.module is not self._reference.head), None)
 
-def _waits_for(forward: SuspendedForward) -> Any:
-    return None if forward.call is None else forward.call.module
+    @contextmanager
+    def _filled(self, path: str) -> Iterator[None]:
+        try:
+            self._reference.fill(path)
+            yield
+        finally:
+            self._reference.empty(path)

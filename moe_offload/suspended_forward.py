@@ -39,7 +39,7 @@ class ModuleCall:
 
 
 class SuspendedForward:
-    """One call of a model; it runs until its first chosen module when it is made."""
+    """One call of a model: `start` it, answer until there is no `call`, take the `result`; `close` it in any case."""
 
     def __init__(self, run: Callable[[], Any]) -> None:
         self.call: ModuleCall | None = None
@@ -48,6 +48,9 @@ class SuspendedForward:
         self._answers: SimpleQueue[Any] = SimpleQueue()
         self._asks: SimpleQueue[ModuleCall | BaseException | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="forward", daemon=True)
+
+    def start(self) -> None:
+        """Run until the first chosen module or the end."""
         self._thread.start()
         self._wait()
 
@@ -61,12 +64,12 @@ class SuspendedForward:
         """Unwind. Harmless when done twice, or at the end."""
         self.call = None
         self._answers.put(_Abandoned())
-        self._thread.join()
+        if self._thread.is_alive():
+            self._thread.join()
 
     def ask(self, call: ModuleCall) -> Any:
         """On the forward's own thread: have the owner run this module."""
         self._asks.put(call)
-        del call  # the hidden states that went in are the owner's to drop
         value = self._answers.get()
         if isinstance(value, _Abandoned):
             raise value
@@ -97,14 +100,16 @@ _current = threading.local()  # .forward: whose thread this is
 @contextmanager
 def stopping_at(modules: Iterable[nn.Module]) -> Iterator[None]:
     """While this is entered, suspended forwards stop at these modules; on other threads nothing changes."""
-    chosen = list(modules)
-    for module in chosen:
+    before = [(module, module.__dict__.get("forward")) for module in modules]
+    for module, _ in before:
         module.__dict__["forward"] = _stop(module)
     try:
         yield
     finally:
-        for module in chosen:
-            module.__dict__.pop("forward", None)
+        for module, own in before:
+            del module.__dict__["forward"]
+            if own is not None:
+                module.__dict__["forward"] = own
 
 
 def _stop(module: nn.Module) -> Callable[..., Any]:
