@@ -24,8 +24,8 @@ def read_list(path: Path) -> tuple[int, ...]:
     """'0-3,8' -> 0, 1, 2, 3, 8, as the kernel lists CPUs and nodes; empty where it is none."""
     numbers: list[int] = []
     for part in (read_line(path) or "").split(","):
-        first, _, last = part.strip().partition("-")
-        last = last or first
+        first, dash, last = part.strip().partition("-")
+        last = last if dash else first
         if not (first.isascii() and first.isdigit() and last.isascii() and last.isdigit()):
             return ()
         if not 0 <= int(last) - int(first) < 1 << 16:

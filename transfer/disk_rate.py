@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,7 @@ PIECE = 4 << 20
 LEAST_FILE = 256 << 20  # smaller files may lie in a disk's own cache
 _THREADS = 4
 _MOST_BYTES = 2 << 30  # read
-_TEMPORARY_BYTES = 256 << 20  # written
-_LEAST_TEMPORARY = 16 << 20  # a disk that writes less in time is measured on that
+_TEMPORARY_BYTES = 256 << 20  # written, by a disk that writes them in time
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ def _temporary(folder: Path, seconds: float) -> Iterator[int]:
     noise = np.random.default_rng(0)
     with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
         until, size = time.perf_counter() + seconds, 0
-        while size < _LEAST_TEMPORARY or (size < _TEMPORARY_BYTES and time.perf_counter() < until):
+        while not size or (size < _TEMPORARY_BYTES and time.perf_counter() < until):
             size += file.write(noise.bytes(PIECE))
             os.fdatasync(file.fileno())
         yield file.fileno()
@@ -85,39 +85,29 @@ def _read(descriptor: int, direct: bool, seconds: float) -> ReadRate:
         raise OSError(f"a file of less than {PIECE} bytes")
     # in an order that no disk foresees, each piece once: what was read may be kept somewhere below
     order = iter(np.random.default_rng(0).permutation(pieces)[: _MOST_BYTES // PIECE].tolist())
-    turn, stop, done, problems = threading.Lock(), threading.Event(), [0], list[OSError]()
+    turn, stop = threading.Lock(), threading.Event()
     started = time.perf_counter()
     until = started + seconds
 
-    def work() -> None:
+    def work() -> int:
+        done = 0
         with mmap.mmap(-1, PIECE) as memory:  # on a page's boundary, as reads past the cache need it
             while not stop.is_set() and time.perf_counter() < until:
                 with turn:
                     piece = next(order, None)
                 if piece is None:
-                    return
-                try:
-                    got = os.preadv(descriptor, [memory], piece * PIECE)
-                except OSError as error:
-                    problems.append(error)
-                    return
-                with turn:
-                    done[0] += got
+                    break
+                done += os.preadv(descriptor, [memory], piece * PIECE)
+        return done
 
-    threads = [threading.Thread(target=work, name=f"disk-{number}", daemon=True) for number in range(_THREADS)]
-    for thread in threads:
-        thread.start()
-    try:
-        for thread in threads:
-            thread.join()
-    finally:  # Ctrl-C: nobody may read when the descriptor is closed
-        stop.set()
-        for thread in threads:
-            thread.join()
+    # not Thread.join: interrupted by Ctrl-C it takes a thread for ended that still reads
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="disk") as pool:
+        try:
+            nbytes = sum(share.result() for share in [pool.submit(work) for _ in range(_THREADS)])
+        finally:
+            stop.set()
     elapsed = time.perf_counter() - started
     if not direct:
         with suppress(OSError):
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    if problems:
-        raise problems[0]
-    return ReadRate(done[0] / elapsed, done[0], elapsed, direct)
+    return ReadRate(nbytes / elapsed, nbytes, elapsed, direct)
