@@ -99,9 +99,10 @@ class Goals:
         if not self.cells:
             return "goal of never below static placement: no cell was run"
         worst = f" (worst {min(each.ratio for each in self.below):.3f})" if self.below else ""
+        verdict = "MISSED" if self.below else "met"
         return (
-            "goal never below any static placement, simulated:"
-            f" {'MISSED' if self.below else 'met'}, {len(self.below)} of {self.cells} cells more than {EQUAL:.0%} below{worst}, {self.slightly} below by less"
+            f"goal never below any static placement, simulated: {verdict}, {len(self.below)} of {self.cells} cells more"
+            f" than {EQUAL:.0%} below{worst}, {self.slightly} below by less"
         )
 
     def to_dict(self) -> dict[str, object]:

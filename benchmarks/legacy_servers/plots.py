@@ -69,7 +69,7 @@ def draw(outcomes: Sequence[Outcome], folder: Path = PLOTS) -> dict[str, str]:
     from matplotlib import pyplot
 
     # the same run gives the same bytes
-    matplotlib.rcParams["svg.hashsalt"] = "legacy servers"
+    matplotlib.rcParams.update({"svg.hashsalt": "legacy servers", "svg.fonttype": "none"})
     folder.mkdir(parents=True, exist_ok=True)
     wanted = {"legacy_shares.svg": (oracle_shares, "Shares of the oracle", outcomes)}
     if any(in_paper(outcome) for outcome in outcomes):

@@ -96,7 +96,7 @@ def cache_sizes(profile: ServerProfile, shape: Shape, batch: int, shares: Sequen
 
 def fits_host(profile: ServerProfile, shape: Shape) -> bool:
     """Whether host memory holds all experts: policies are compared without a disk."""
-    return shape.layers * shape.experts * shape.expert_bytes < 0.9 * profile.host_memory_bytes
+    return shape.layers * shape.experts * shape.expert_bytes < 0.85 * profile.host_memory_bytes
 
 
 def cells(servers: Sequence[str], models: Sequence[str], weights: Sequence[str], *, quick: bool = False) -> list[Cell]:
