@@ -1,6 +1,7 @@
 """The other end of worker.py."""
 
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,9 @@ _ROOT = Path(__file__).parents[2]
 
 
 class Worker:
-    """A process that holds one engine; a context manager that ends it."""
+    """A process that holds one engine; a context manager that ends it. A `Contestant`."""
+
+    most_tokens = math.inf
 
     def __init__(self, name: str, python: str = sys.executable) -> None:
         """name: one that worker.py knows. python: the interpreter that has what it needs."""
@@ -68,3 +71,20 @@ class Worker:
             self.call("logits", prompts=prompts, file=str(file))
             found: NDArray[np.float32] = np.load(file)
         return found
+
+
+class Implementation:
+    """One of the experts implementations of a transformers worker, as a contestant of its own: one model in memory."""
+
+    def __init__(self, worker: Worker, name: str, most_tokens: float = math.inf) -> None:
+        self._worker, self._name, self.most_tokens = worker, name, most_tokens
+
+    def call(self, method: str, **arguments: Any) -> Any:
+        """The method's result with this implementation."""
+        self._worker.call("choose", implementation=self._name)
+        return self._worker.call(method, **arguments)
+
+    def logits(self, prompts: list[list[int]]) -> NDArray[np.float32]:
+        """As of `Engine`; of the prompts' beginnings only, where it has no memory for more."""
+        self._worker.call("choose", implementation=self._name)
+        return self._worker.logits([prompt[: int(min(self.most_tokens, len(prompt)))] for prompt in prompts])

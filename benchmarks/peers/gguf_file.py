@@ -1,4 +1,5 @@
-"""The checkpoint as GGUF: the same bf16 values in llama.cpp's names and order; norms and routers in f32.
+"""The checkpoint as GGUF, written by the package `gguf`: the same bf16 values in llama.cpp's names and order; norms and
+routers in f32.
 
 Token ids are fed, never text, so the file says that it has no vocabulary. llama.cpp rotates the halves of a head
 interleaved in its `llama` architecture (Mixtral), as Meta's checkpoints did: rows of q and k are put in that order.
@@ -18,8 +19,8 @@ from benchmarks.peers.protocol import MissingError
 from benchmarks.peers.stored import StoredTensors, read_config
 
 HOW_TO_INSTALL = (
-    "pip install llama-cpp-python gguf   (builds llama.cpp, some minutes; name another interpreter that has them with "
-    "--llama-python)"
+    "pip install llama-cpp-python gguf   (builds llama.cpp, some minutes; gguf is also in the extra peers of "
+    "moe-offload; name another interpreter that has both with --llama-python)"
 )
 Array = NDArray[Any]
 

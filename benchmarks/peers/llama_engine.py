@@ -53,13 +53,15 @@ def make_file(folder: str, kind: str, threads: int) -> str:
 
 
 class LlamaEngine:
-    """A GGUF file, mapped and repacked as llama.cpp does by default, on `threads` threads."""
+    """A GGUF file, mapped, on `threads` threads. repack: llama.cpp's default, which takes memory of its own."""
 
-    def __init__(self, file: str, threads: int) -> None:
+    def __init__(self, file: str, threads: int, repack: bool = True) -> None:
         self._llama = llama = import_llama()
         self._threads = threads
         self._contexts: dict[tuple[int, int], Any] = {}
-        self._model = llama.llama_model_load_from_file(file.encode(), llama.llama_model_default_params())
+        params = llama.llama_model_default_params()
+        params.use_extra_bufts = repack
+        self._model = llama.llama_model_load_from_file(file.encode(), params)
         if not self._model:
             raise RuntimeError(f"llama.cpp could not load {file}")
         self._vocabulary = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(self._model))

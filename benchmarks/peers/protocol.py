@@ -28,3 +28,17 @@ class Engine(Protocol):
     def decode(self, prompts: list[list[int]], new_tokens: int) -> list[float]:
         """Seconds of each step after the first token, greedily; a step gives every prompt one token."""
         ...
+
+
+class Contestant(Protocol):
+    """An engine that is timed, wherever it runs. most_tokens: of one forward that it has memory for."""
+
+    most_tokens: float
+
+    def call(self, method: str, **arguments: Any) -> Any:
+        """The result of one of `Engine`'s methods, or of those that come before one is open."""
+        ...
+
+    def logits(self, prompts: list[list[int]]) -> NDArray[np.float32]:
+        """As of `Engine`."""
+        ...

@@ -1,8 +1,8 @@
 """moe_offload, transformers, and transformers with accelerate: the same model object, the same `generate`."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -14,17 +14,21 @@ from transformers.generation.streamers import BaseStreamer
 import moe_offload
 from moe_offload.options import Dense, Weights
 
-IMPLEMENTATIONS = ("eager", "grouped_mm")  # batched_mm is four times as slow on a CPU
+BATCHED = "batched_mm"  # copies the experts' weights for every token
+_FOR_ITS_PROMPTS = "grouped_mm"
 
 
 class Clock(BaseStreamer):  # type: ignore[misc]
-    """Notes when each step's tokens come."""
+    """Notes when each step's tokens come. after_prompt: called when a prompt's first new token is there."""
 
-    def __init__(self) -> None:
+    def __init__(self, after_prompt: Callable[[], None]) -> None:
         self.times: list[float] = []
+        self._after_prompt = after_prompt
 
     def put(self, value: torch.Tensor) -> None:
         self.times.append(time.perf_counter())
+        if len(self.times) == 2:  # the first is the prompt
+            self._after_prompt()
 
     def end(self) -> None:
         pass
@@ -56,13 +60,16 @@ class TorchEngine:
 
     def _times(self, prompts: list[list[int]], new_tokens: int) -> list[float]:
         """When each new token was there."""
-        ids, clock = torch.tensor(prompts), Clock()
+        ids, clock = torch.tensor(prompts), Clock(self._after_prompt)
         # without an end token, as llama.cpp's loop: to suppress it costs some 0.2 ms a step
         settings = transformers.GenerationConfig(max_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
         self._model.generate(
             ids, attention_mask=torch.ones_like(ids), generation_config=settings, eos_token_id=None, streamer=clock
         )
-        return clock.times[1:]  # the first is the prompt
+        return clock.times[1:]
+
+    def _after_prompt(self) -> None:
+        """A prompt has run, its decoding begins."""
 
 
 class OffloadEngine(TorchEngine):
@@ -80,20 +87,31 @@ class OffloadEngine(TorchEngine):
 
 
 class TransformersEngine(TorchEngine):
-    """transformers with the faster of its experts implementations, by a short trial."""
+    """transformers, by the experts implementation that was chosen last."""
 
     def __init__(self, folder: str, threads: int) -> None:
         _prepare(threads)
         super().__init__(transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16))
-        tried = {}
-        for name in IMPLEMENTATIONS:
-            self._model.set_experts_implementation(name)
-            tried[name] = median(self.decode([[3, 4, 5, 6]], 8))
-        self.implementation = min(tried, key=tried.__getitem__)
-        self._model.set_experts_implementation(self.implementation)
+        self._implementation = ""
+
+    def choose(self, implementation: str) -> None:
+        """One of transformers' names."""
+        if implementation != self._implementation:
+            self._model.set_experts_implementation(implementation)
+            self._implementation = implementation
+
+    def decode(self, prompts: list[list[int]], new_tokens: int) -> list[float]:
+        """As of `Engine`. The prompts of `batched_mm` run by another one: there is no memory for them."""
+        if self._implementation == BATCHED:
+            self._model.set_experts_implementation(_FOR_ITS_PROMPTS)
+        return super().decode(prompts, new_tokens)
+
+    def _after_prompt(self) -> None:
+        if self._implementation == BATCHED:
+            self._model.set_experts_implementation(BATCHED)
 
     def describe(self) -> dict[str, Any]:
-        return {**super().describe(), "experts_implementation": self.implementation}
+        return {**super().describe(), "experts_implementation": self._implementation}
 
 
 class AccelerateEngine(TorchEngine):

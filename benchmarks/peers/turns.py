@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.peers.client import Worker
+from benchmarks.peers.protocol import Contestant
 from benchmarks.reporting import spread
 
 PAUSE = 0.2  # seconds: an engine's idle threads spin for milliseconds and hold the cores of the next
@@ -23,11 +23,16 @@ class Test:
     sequences: int = 1
     new: int = 0
 
+    @property
+    def step_tokens(self) -> int:
+        """Of one forward that is timed."""
+        return self.sequences if self.new else self.prompt
+
     def prompts(self, seed: int) -> list[list[int]]:
         """Random token ids of the random checkpoints' vocabulary."""
         return np.random.default_rng(seed).integers(3, 8000, (self.sequences, self.prompt)).tolist()  # type: ignore[no-any-return]
 
-    def tokens_per_second(self, worker: Worker, seed: int) -> float:
+    def tokens_per_second(self, worker: Contestant, seed: int) -> float:
         """One measurement: of a prompt, or by the median step of decoding."""
         prompts = self.prompts(seed)
         if self.new == 0:
@@ -45,15 +50,21 @@ Series = dict[str, dict[str, list[float]]]  # test -> engine -> tokens/s by roun
 
 
 def measure(
-    workers: Mapping[str, Worker], tests: tuple[Test, ...], rounds: int, between: Callable[[int], None]
+    workers: Mapping[str, Contestant], tests: tuple[Test, ...], rounds: int, between: Callable[[int], None]
 ) -> Series:
-    """Tokens/s of every test and engine. A round before the first warms up; `between` is called before each."""
-    series: Series = {test.name: {name: [] for name in workers} for test in tests}
+    """Tokens/s of every test and engine that has memory for it. A round before the first warms up; `between` is called
+    before each.
+    """
+    able = {
+        test.name: [name for name, worker in workers.items() if test.step_tokens <= worker.most_tokens]
+        for test in tests
+    }
+    series: Series = {test.name: {name: [] for name in able[test.name]} for test in tests}
     for number in range(rounds + 1):
         between(number)
         for test in tests:
-            for name, worker in workers.items():
-                rate = test.tokens_per_second(worker, seed=number)
+            for name in able[test.name]:
+                rate = test.tokens_per_second(workers[name], seed=number)
                 time.sleep(PAUSE)
                 if number:
                     series[test.name][name].append(rate)

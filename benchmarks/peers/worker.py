@@ -2,8 +2,9 @@
 
     python -m benchmarks.peers.worker llama.cpp|moe_offload|transformers|accelerate
 
-A request names a method and its arguments: `make_file` and `open` come first, then the methods of `Engine`. Logits
-are saved to the file named in the request. What libraries print goes to standard error.
+A request names a method and its arguments: `make_file` and `open` come first, then the methods of `Engine`, and
+`choose` where an engine has several ways to run the same model. Logits are saved to the file named in the request. What
+libraries print goes to standard error.
 """
 
 import json
@@ -59,6 +60,8 @@ def _answer(handlers: dict[str, Callable[..., Any]], method: str, arguments: dic
             np.save(file, engine.logits(prompts))
 
         handlers.update(describe=engine.describe, prefill=engine.prefill, decode=engine.decode, logits=save_logits)
+        if hasattr(engine, "choose"):
+            handlers["choose"] = engine.choose
         return None
     return handlers[method](**arguments)
 
