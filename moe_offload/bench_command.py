@@ -14,6 +14,7 @@ from moe_offload.bench_table import OUTPUTS, Facts, print_results, written
 from moe_offload.bench_text import RandomTokens, RealText, Tokens, standard_library
 from moe_offload.loading import read_config
 from moe_offload.models.errors import CheckpointError, MoeOffloadError, OptionError
+from moe_offload.models.spec import MoeSpec
 from moe_offload.opening import ModelOptions, OpenedModel, find_folder, import_libraries
 from moe_offload.prompts import max_context, read_tokenizer
 
@@ -97,6 +98,7 @@ def bench(options: ModelOptions, wishes: BenchWishes) -> int:
     config = read_config(folder)
     for test in tests:
         require_context(test, max_context(config))
+    spec = MoeSpec.from_hf(config)
     tokens = _tokens(wishes, folder, config)
     nobody: Any = None  # needs the tokenizer
     model, _ = OpenedModel(options, folder, config, nobody).load()
@@ -107,7 +109,7 @@ def bench(options: ModelOptions, wishes: BenchWishes) -> int:
         )
         random = isinstance(tokens, RandomTokens)
         facts = Facts.of(
-            options.name, model, runner, tokens.description, random=random, repeats=wishes.repeats, warm=wishes.warm_ups
+            options.name, spec, runner, tokens.description, random=random, repeats=wishes.repeats, warm=wishes.warm_ups
         )
         try:
             runner.run(tests)

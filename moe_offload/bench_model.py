@@ -28,6 +28,7 @@ from moe_offload.models.errors import OptionError
 from moe_offload.prompts import max_context
 
 DEPTH = 32  # tokens before the first that is generated, where nothing else is said
+_FROM_DISK = 0.01  # of the weights read, below which the disk does not matter
 LIMIT_MIB = 512  # of memory to measure the read limit with; less where less is free
 
 # report(test, runs done, runs in all): called between runs, never in one
@@ -153,10 +154,15 @@ class TestResult:
 
     @property
     def resources(self) -> tuple[Resource, ...]:
-        """Median rates of reading weights and copying them; link and device only where there is one."""
-        named = [("CPU memory", "cpu"), ("link", "link"), ("device memory", "device")]
-        if not any(sample.traffic.device for sample in self.samples):
-            named = named[:1]
+        """Median rates of reading weights and copying them; link and device only where there is one, the disk only
+        where a part of the weights came from it.
+        """
+        traffic = [sample.traffic for sample in self.samples]
+        named = [("CPU memory", "cpu")]
+        if any(each.device for each in traffic):
+            named += [("link", "link"), ("device memory", "device")]
+        if sum(each.disk for each in traffic) > _FROM_DISK * sum(each.cpu + each.device for each in traffic):
+            named.append(("disk", "disk"))
         return tuple(
             Resource(
                 name,

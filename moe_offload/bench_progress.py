@@ -46,7 +46,9 @@ class RunProgress:
         if self._pace:
             last = self._pace.get(test.new_tokens > 0)
             rate = f", {1 / last:.3g} t/s" if last else ""
-            said += f"{rate}, {'about' if known else 'more than'} {left:.0f} s left"
+            said += rate
+            if known or left >= 1:
+                said += f", {'about' if known else 'more than'} {left:.0f} s left"
         return said
 
     def _write(self, text: str) -> None:

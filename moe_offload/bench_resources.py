@@ -1,11 +1,13 @@
 """What a benchmark's run moved, and what could have been moved: bytes of weights by where they were read.
 
 Weights alone are counted: KV cache and activations are small beside them at the lengths that are usual. A forward reads
-every weight outside of the experts once; experts are counted by the engine as they run.
+every weight outside of the experts once; experts are counted by the engine as they run. What came from disk is what the
+system counts for this process, pages of mapped files among it.
 """
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,18 +24,21 @@ _READS = 5
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """Bytes of weights read by the CPU and by the device, copied over the link; experts wanted, and found on it."""
+    """Bytes of weights read by the CPU and by the device, copied over the link, and come from disk; experts wanted, and
+    found on the device.
+    """
 
     cpu: int = 0
     link: int = 0
     device: int = 0
+    disk: int = 0
     wanted: int = 0
     found: float = 0.0
 
     def __sub__(self, other: "Traffic") -> "Traffic":
         return Traffic(
-            self.cpu - other.cpu, self.link - other.link, self.device - other.device, self.wanted - other.wanted,
-            self.found - other.found,
+            self.cpu - other.cpu, self.link - other.link, self.device - other.device, self.disk - other.disk,
+            self.wanted - other.wanted, self.found - other.found,
         )  # fmt: skip
 
 
@@ -44,6 +49,7 @@ class Limits:
     cpu: float | None = None
     link: float | None = None
     device: float | None = None
+    disk: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +96,7 @@ class Meter:
         read, others = self._engine.statistics.snapshot().bytes_read, forwards * self._read_bytes
         side = self._engine.device
         if side is None:
-            return Traffic(cpu=read + others)
+            return Traffic(cpu=read + others, disk=disk_bytes())
         stats, sizes = side.stats(), side.dispatcher.parts.record_bytes
         cpu, wanted, found = 0, 0, 0.0
         for layer, size in zip(stats.layers, sizes, strict=True):
@@ -99,7 +105,8 @@ class Meter:
             wanted += asked + layer.whole
             found += asked * layer.hit_rate + layer.whole
         copied = stats.copied_on_demand + stats.prefetched
-        return Traffic(cpu, copied, max(read - cpu, 0) + others, wanted, found)
+        disk = 0 if self.simulated else disk_bytes()
+        return Traffic(cpu, copied, max(read - cpu, 0) + others, disk, wanted, found)
 
     def limits(self, read_limit: float | None) -> Limits:
         """`read_limit`: what the CPU was measured to read."""
@@ -112,6 +119,15 @@ class Meter:
         side = self._engine.device
         link = None if side is None else side.costs.bytes_per_second / 1e9
         return Limits(read_limit, link, self._device_limit)
+
+
+def disk_bytes(io: Path = Path("/proc/self/io")) -> int:
+    """Bytes that this process has had read from disk; 0 where the system does not tell."""
+    try:
+        lines = io.read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("read_bytes:")), 0)
 
 
 def device_read_limit(device: torch.device) -> float | None:

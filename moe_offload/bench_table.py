@@ -12,7 +12,6 @@ from rich import box
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
-from transformers import PreTrainedModel
 
 from moe_offload import __version__
 from moe_offload.bench_model import ModelBench, TestResult
@@ -23,9 +22,10 @@ from moe_offload.models.spec import BITS_PER_WEIGHT, MoeSpec
 OUTPUTS = ("table", "md", "csv", "json", "jsonl")
 
 _WIDTH = 120  # where stdout is no terminal
-_KEYS = {"CPU memory": "cpu_read", "link": "link", "device memory": "device_read"}
+_KEYS = {"CPU memory": "cpu_read", "link": "link", "device memory": "device_read", "disk": "disk"}
 _SPEEDS = ("model", "size", "params", "weights", "device", "threads", "test", "t/s")
 _LEFT = ("model", "weights", "device", "test")
+_WHOLE = ("size", "params", "test", "t/s")  # on however narrow a terminal
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +51,11 @@ class Facts:
 
     @classmethod
     def of(
-        cls, name: str, model: PreTrainedModel, bench: ModelBench, text: str, *, random: bool, repeats: int, warm: int
+        cls, name: str, spec: MoeSpec, bench: ModelBench, text: str, *, random: bool, repeats: int, warm: int
     ) -> "Facts":
-        """Of a loaded model; `name` as the user gave it."""
-        engine: Any = model.offload
-        side, spec, simulated = engine.device, engine.spec, bench.meter.simulated
+        """Of a bench's model; `name` as the user gave it, `spec` read from its configuration."""
+        engine: Any = bench.model.offload
+        side, simulated = engine.device, bench.meter.simulated
         return cls(
             model=Path(name).name if Path(name).is_dir() else name,
             model_type=spec.model_type,
@@ -77,9 +77,11 @@ class Facts:
     def notes(self, results: Sequence[TestResult]) -> list[str]:
         """What a reader has to know of the figures."""
         warm = f"{self.warm_ups} warm-up run{'' if self.warm_ups == 1 else 's'} before"
+        counts = [len(each.samples) for each in results] or [self.repeats]
+        repeats = str(min(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
         depths = sorted({each.prompt_tokens for each in results if each.new_tokens})
         found = [
-            f"t/s: mean ± standard deviation of {self.repeats} repeat{'' if self.repeats == 1 else 's'}, {warm}; "
+            f"t/s: mean ± standard deviation of {repeats} repeat{'' if repeats == '1' else 's'}, {warm}; "
             f"all else: medians. GB/s: of weights. {self.text[:1].upper()}{self.text[1:]}"
             + "".join(f", generation behind {depth} tokens of it" for depth in depths)
             + "."
@@ -152,7 +154,7 @@ def print_results(facts: Facts, results: Sequence[TestResult]) -> None:
     for columns, rows in (_speeds(facts, results), _limits(results)):
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for column in columns:
-            table.add_column(column, justify="left" if column in _LEFT else "right")
+            table.add_column(column, justify="left" if column in _LEFT else "right", no_wrap=column in _WHOLE)
         for row in rows:
             table.add_row(*map(Text, row))
         tables.append(table)

@@ -1,8 +1,12 @@
 """The benchmark of a loaded model: what is run, what is timed and counted, and what is made of it."""
 
+import io
+import json
 import statistics
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,13 +15,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from rich.console import Console
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 import moe_offload
+from moe_offload import bench_progress, terminal
 from moe_offload.bench_command import parse_counts
 from moe_offload.bench_model import ModelBench, Sample, Test, TestResult, measure
 from moe_offload.bench_progress import RunProgress
-from moe_offload.bench_resources import Limits, Meter, Traffic
+from moe_offload.bench_resources import Limits, Meter, Traffic, disk_bytes
+from moe_offload.bench_table import Facts, written
 from moe_offload.bench_text import RandomTokens, RealText, standard_library
 from moe_offload.models.errors import CheckpointError, MoeOffloadError, OptionError
 from moe_offload.transfer.server_profile import find_profile
@@ -93,7 +100,7 @@ def test_any_other_text_is_refused(text: str) -> None:
 
 
 def test_figures_of_a_result() -> None:
-    traffic = [Traffic(cpu=4 * 10**9, link=10**9, device=10**9, wanted=10, found=each) for each in (2.0, 4.0, 9.0)]
+    traffic = [Traffic(4 * 10**9, 10**9, 10**9, disk=2 * 10**7, wanted=10, found=each) for each in (2.0, 4.0, 9.0)]
     samples = tuple(Sample(0.5 + at, at + 1.0, traffic[at]) for at in range(3))
     result = TestResult(Test(32, 10, 4), samples, Limits(8.0, None, 4.0))
     assert result.tokens_per_second == (40.0, 20.0, 40 / 3)
@@ -106,10 +113,33 @@ def test_figures_of_a_result() -> None:
         ("link", 0.5, None),
         ("device memory", 0.5, 0.125),
     ]
+    slow = tuple(Sample(1.0, 1.0, Traffic(cpu=10**9, disk=each)) for each in (0, 2 * 10**8, 10**8))
+    found = TestResult(Test(8), slow, Limits()).resources
+    assert [(each.name, each.gb_per_s, each.share) for each in found][1:] == [("disk", 0.1, None)]
     alone = TestResult(Test(8), (Sample(2.0, 2.0, Traffic(cpu=10**9)),), Limits())
     assert alone.mean == alone.median == 4.0 and alone.deviation == 0.0
     assert alone.step_seconds is None and alone.hit_rate is None
     assert [(each.name, each.share) for each in alone.resources] == [("CPU memory", None)]
+
+
+def test_what_is_printed_are_those_figures() -> None:
+    facts = Facts(
+        model="m|x", model_type="t", size_bytes=3 * 2**29, params=1_500_000_000, weights="int4", dense="int8",
+        device="CPU", simulated=False, policy=None, threads=4, cpu="c", text="text", random_tokens=False, repeats=3,
+        warm_ups=1,
+    )  # fmt: skip
+    samples = tuple(Sample(0.25 * at, at / 4, Traffic(cpu=10**9 * at)) for at in (1, 2, 4))
+    result = TestResult(Test(32, 5, 4), samples, Limits(8.0))
+    text = written("md", facts, [result], complete=True)
+    lines = text.splitlines()
+    # 80, 40 and 20 tokens a second
+    assert lines[2] == "| m\\|x | 1.50 GiB | 1.50 B | int4 (other int8) | CPU | 4 | tg5@4 | 46.67 ± 30.55 |"
+    assert lines[6] == "| tg5@4 | 40.00 | 500.00 ms | 100.00 ms | - | 4.00 of 8.0 GB/s (50%) |"
+    (line,) = written("jsonl", facts, [result], complete=False).splitlines()
+    said = json.loads(line)
+    assert said["complete"] is False and said["samples_tokens_per_s"] == [80, 40, 20]
+    assert [round(said[f"tokens_per_s_{key}"], 2) for key in ("mean", "sd", "median")] == [46.67, 30.55, 40]
+    assert said["cpu_read_share"] == 0.5 and said["cpu_read_limit_gb_per_s"] == 8 and said["device_read_share"] is None
 
 
 def test_generation_is_the_models_own_and_follows_the_text(
@@ -157,7 +187,8 @@ def test_bytes_are_those_of_the_weights_that_a_step_reads(model: PreTrainedModel
     expert = 4 * 3 * layer.hidden_size * layer.intermediate_size
     others = sum(p.nbytes for name, p in model.named_parameters() if "embed_tokens" not in name)
     assert not model.config.tie_word_embeddings
-    assert result.samples[0].traffic == Traffic(cpu=6 * (LAYERS * TOP_K * expert + others))
+    assert result.samples[0].traffic.cpu == 6 * (LAYERS * TOP_K * expert + others)
+    assert result.samples[0].traffic.device == result.samples[0].traffic.link == 0
 
 
 def test_linears_that_are_packed_count_as_packed(folder: Path, tmp_path: Path) -> None:
@@ -168,6 +199,13 @@ def test_linears_that_are_packed_count_as_packed(folder: Path, tmp_path: Path) -
         matrices = dense._dense.nbytes
         packed, stored = Meter(made).other_bytes, Meter(plain).other_bytes
     assert packed == matrices + sum(each.nbytes for each in made.parameters()) < stored
+
+
+def test_what_comes_from_disk_is_what_the_system_counts(tmp_path: Path) -> None:
+    (tmp_path / "io").write_text("rchar: 9\nread_bytes: 4096\nwrite_bytes: 7\n")
+    assert disk_bytes(tmp_path / "io") == 4096
+    assert disk_bytes(tmp_path / "none") == 0
+    assert disk_bytes() >= 0
 
 
 def test_a_test_too_long_runs_nothing(model: PreTrainedModel) -> None:
@@ -282,7 +320,7 @@ def real(folder: Path) -> Callable[..., RealText]:
     tokenizer, config = AutoTokenizer.from_pretrained(folder), AutoConfig.from_pretrained(folder)
 
     def make(*texts: str, seed: int = 0) -> RealText:
-        return RealText(tokenizer, config, [lambda text=text: text for text in texts], "text", seed)
+        return RealText(tokenizer, config, [partial(str, text) for text in texts], "text", seed)
 
     return make
 
@@ -337,7 +375,7 @@ def test_random_tokens_are_of_the_vocabulary(folder: Path) -> None:
 
 def test_the_line_that_says_how_far(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr("moe_offload.bench_progress.time.perf_counter", lambda: now)
+    monkeypatch.setattr(bench_progress, "time", SimpleNamespace(perf_counter=lambda: now))
     tests = [Test(100), Test(100, batch=2), Test(32, 50)]
     progress = RunProgress(tests, enabled=False)
     progress(tests[0], 0, 3)
@@ -346,7 +384,22 @@ def test_the_line_that_says_how_far(monkeypatch: pytest.MonkeyPatch) -> None:
     progress(tests[0], 1, 3)
     # two more of 2 s, three of 4 s; nothing is known of generation
     assert progress.line(tests[0], 1, 3) == "pp100: run 2 of 3, test 1 of 3, 50 t/s, more than 16 s left"
+    now += 1.0
+    progress(tests[1], 3, 3)
+    assert progress.line(tests[1], 3, 3) == "pp100@2: run 3 of 3, test 2 of 3, 200 t/s"
     progress(tests[2], 0, 3)
     now += 5.0
     progress(tests[2], 1, 3)
     assert progress.line(tests[2], 1, 3) == "tg50: run 2 of 3, test 3 of 3, 10 t/s, about 10 s left"
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_line_is_gone_afterwards(enabled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(terminal, "console", lambda: Console(file=screen, force_terminal=True, width=20))
+    test = Test(8)
+    with RunProgress([test], enabled=enabled) as progress:
+        progress(test, 0, 2)
+    *_, said, last = screen.getvalue().split("\r\x1b[K") if enabled else ("pp8: run 1 of 2, te", "")
+    assert said == "pp8: run 1 of 2, te" and last == ""  # no wider than the screen
+    assert enabled or not screen.getvalue()
