@@ -5,18 +5,15 @@ one launch, once through transformers' modules. From the two come the seconds of
 module.
 """
 
-import time
 from collections.abc import Callable
-from statistics import median
 from typing import Any, NamedTuple
 
-import torch
-from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
+from moe_offload.bench_model import Test, measure
 from moe_offload.model_folder import DEMO_FOLDER
 
-_TOKENS = 20
+_PROMPT, _TOKENS, _REPEATS = 16, 16, 5
 _FUSED_LAYER = 25e-6  # of stages and barriers: too little to be told from the step by one model
 _LEAST = 1e-6
 
@@ -45,7 +42,6 @@ def measure_program(threads: int, report: Callable[[str, float], None]) -> Progr
         finally:
             logging.set_tqdm_hook(before)
         try:
-            _step_seconds(model)
             seconds.append(_step_seconds(model))
         finally:
             model.offload.close()
@@ -56,24 +52,7 @@ def measure_program(threads: int, report: Callable[[str, float], None]) -> Progr
 
 
 def _step_seconds(model: Any) -> float:
-    clock = _Clock()
-    ids = torch.arange(3, 19)[None]
-    model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=_TOKENS, min_new_tokens=_TOKENS, do_sample=False,
-        streamer=clock,
-    )  # fmt: skip
-    times = clock.times[1:]
-    return median(later - earlier for earlier, later in zip(times, times[1:], strict=False))
-
-
-class _Clock(BaseStreamer):  # type: ignore[misc]
-    """When each token came."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
+    """Of generation as `bench` measures it."""
+    (found,) = measure(model, None, [Test(_PROMPT, _TOKENS)], _REPEATS, limit_mib=0)
+    assert found.step_seconds is not None
+    return found.step_seconds

@@ -1,0 +1,153 @@
+"""Does `moe-offload plan` know how fast a model decodes on this CPU?
+
+Three shapes, a few layers deep, in three weight formats: the prediction that `plan` makes from the configuration and
+this machine's rates, against what `bench` measures of the loaded model. Rates are measured anew in every round, right
+before the model is, so that neighbours hit both; medians over the rounds are compared. Goal: within 20 % in each cell.
+"""
+
+import shutil
+import time
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import torch
+import transformers
+import typer
+from rich.table import Table
+from transformers import AutoModelForCausalLM, DeepseekV2Config
+
+import moe_offload
+from benchmarks.random_checkpoint import make_checkpoint
+from benchmarks.reporting import WORK, progress, spread, wide_console, write_result
+from moe_offload.bench_model import Test, measure
+from moe_offload.cpu_kernels.processors import default_threads
+from moe_offload.options import Weights
+from moe_offload.plan_calibration import host_rates
+from moe_offload.plan_placement import Budgets, place
+from moe_offload.plan_predict import Case, predict
+from moe_offload.plan_sizes import ModelSizes, PlannedModel
+
+GOAL = 0.20
+FORMATS: tuple[Weights, ...] = ("bf16", "int8", "int4")
+LAYERS = {"qwen3": 4, "mixtral": 4, "deepseek": 4}
+PROMPT_TOKENS, NEW_TOKENS = 64, 32
+MOST_SECONDS = 480.0
+_PLENTY = 1 << 50
+
+
+def make_deepseek(folder: Path, layers: int) -> Path:
+    """DeepSeek-V2-Lite, `layers` deep, the first with a dense block: 1.1 GB of experts in each other one. All experts
+    of a layer are one, but for where they lie.
+    """
+    target = folder / f"deepseek-{layers}"
+    if target.is_dir():
+        return target
+    config = DeepseekV2Config(
+        hidden_size=2048, intermediate_size=10944, moe_intermediate_size=1408, n_routed_experts=64, n_shared_experts=2,
+        num_experts_per_tok=6, first_k_dense_replace=1, num_hidden_layers=layers, num_attention_heads=16,
+        num_key_value_heads=16, kv_lora_rank=512, q_lora_rank=None, qk_nope_head_dim=128, qk_rope_head_dim=64,
+        v_head_dim=128, vocab_size=8192, max_position_embeddings=4096, n_group=1, topk_group=1, topk_method="greedy",
+        routed_scaling_factor=1.0, norm_topk_prob=False, tie_word_embeddings=False, dtype="bfloat16",
+        architectures=["DeepseekV2ForCausalLM"], bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = model.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(1)
+            else:
+                part = parameter[0] if parameter.dim() == 3 else parameter
+                part.normal_(0, 0.02, generator=generator)
+                if parameter.dim() == 3:
+                    parameter[1:] = part
+    beside = folder / f".{target.name}"
+    shutil.rmtree(beside, ignore_errors=True)
+    model.save_pretrained(beside, max_shard_size="1GB")
+    beside.rename(target)
+    return target
+
+
+def predicted_seconds(sizes: ModelSizes, threads: int, folder: Path, context: int) -> tuple[float, dict[str, float]]:
+    """Of a decode step, with rates measured now; and what it is made of."""
+    host = host_rates(sizes, threads, measure=True, folder=folder)
+    where = place(sizes, Budgets(0, _PLENTY), context, 1, 0)
+    found = predict(sizes, where, host, 1.0, None, Case(1, context, 1))
+    return found.seconds, found.parts | {"read GB/s": host.read_gbs}
+
+
+def check_cell(
+    name: str, checkpoint: Path, weights: Weights, rounds: int, new_tokens: int, work: Path
+) -> dict[str, Any]:
+    """Predict and measure by turns."""
+    sizes = PlannedModel(checkpoint).sizes(weights)
+    loaded: Any = moe_offload.load(checkpoint, weights=weights, device="cpu", pack_dir=work / "packs")
+    predictions, parts, steps = [], {}, []
+    try:
+        threads = loaded.offload.threads
+        test = Test(PROMPT_TOKENS, new_tokens)
+        measure(loaded, None, [test], 1, warm_ups=1, limit_mib=0)
+        for _ in range(rounds):
+            seconds, parts = predicted_seconds(sizes, threads, work / "plan", PROMPT_TOKENS + new_tokens // 2)
+            predictions.append(seconds)
+            (found,) = measure(loaded, None, [test], 2, warm_ups=1, limit_mib=0)
+            steps += [each / new_tokens for each in found.seconds]
+    finally:
+        loaded.offload.close()
+    measured, predicted = median(steps), median(predictions)
+    return {
+        "shape": name, "weights": weights, "layers": sizes.num_layers, "threads": threads, "step": sizes.step,
+        "predicted_seconds": spread(predictions), "measured_seconds": spread(steps),
+        "predicted_tokens_per_s": 1 / predicted, "measured_tokens_per_s": 1 / measured,
+        "error": measured / predicted - 1, "last_parts": parts,
+    }  # fmt: skip
+
+
+def main(
+    work_dir: Annotated[Path, typer.Option(help="Where checkpoints and packs are made (and found again).")] = WORK,
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    shape: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(LAYERS)}; all if not given.")] = None,
+    smoke: Annotated[bool, typer.Option(help="A quick run on a small shape; writes nothing.")] = False,
+) -> None:
+    """Compare predictions with measurements, cell by cell."""
+    transformers.utils.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    work_dir.mkdir(parents=True, exist_ok=True)
+    wanted = {name: LAYERS[name] for name in shape or LAYERS} if not smoke else {"small": 2}
+    started, cells = time.perf_counter(), []
+    table = Table(
+        "shape", "weights", "predicted t/s", "measured t/s", "error", title=f"decode, {default_threads()} threads"
+    )
+    for name, layers in wanted.items():
+        progress(f"checkpoint {name}")
+        checkpoint = make_deepseek(work_dir, layers) if name == "deepseek" else make_checkpoint(work_dir, name, layers)
+        for weights in FORMATS[-1:] if smoke else FORMATS:
+            if time.perf_counter() - started > MOST_SECONDS:
+                progress(f"{name}, {weights}: left out, {MOST_SECONDS:.0f} s are over")
+                continue
+            progress(f"{name}, {weights}")
+            cell = check_cell(name, checkpoint, weights, 1 if smoke else rounds, 8 if smoke else NEW_TOKENS, work_dir)
+            cells.append(cell)
+            table.add_row(
+                name, weights, f"{cell['predicted_tokens_per_s']:.1f}", f"{cell['measured_tokens_per_s']:.1f}",
+                f"{cell['error']:+.0%}",
+            )  # fmt: skip
+    wide_console().print(table)
+    worst = max(abs(cell["error"]) for cell in cells)
+    wide_console().print(f"largest error {worst:.0%}, goal {GOAL:.0%}: {'met' if worst <= GOAL else 'missed'}")
+    if not smoke and not shape:
+        write_result(
+            "plan_check",
+            {
+                "question": "decode seconds that plan predicts against those that bench measures, CPU alone",
+                "prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS, "rounds": rounds, "goal": GOAL,
+                "largest_error": worst, "cells": cells,
+            },
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    typer.run(main)
