@@ -235,7 +235,7 @@ ODD = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=50)
 @given(st.dictionaries(st.text(max_size=8), ODD), st.dictionaries(st.text(max_size=8), ODD))
 def test_odd_results_are_compared_or_refused(one: dict[str, Any], other: dict[str, Any]) -> None:
     old, new = ({**each, "format": FORMAT, "benchmark": "b", "machine": MACHINE} for each in (one, other))
