@@ -1,34 +1,41 @@
-"""What do the weight formats cost in quality? Perplexity of the demo model on its held-out files, format by format.
+"""What do the weight formats cost in quality? The demo model on its held-out files, format by format.
 
-Through the engine (experts and linears both in the format, each precision of activations), and, to tell the search
-for int4's scales from plain absmax rounding, through transformers with weights that were rounded either way.
+    python -m benchmarks.accuracy
+
+Everything is held against transformers' own model in f32 by the code of `moe-offload verify`: perplexity, first
+choices, errors of logits. Rows are the engine (experts and linears in the format, each precision of activations), and,
+to tell the search for int4's scales from plain absmax rounding, transformers with weights that were rounded either way.
 """
 
-import math
 import tempfile
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import numpy as np
 import torch
 import typer
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import moe_offload
 from benchmarks.demo_model.batches import encode_all
 from benchmarks.demo_model.corpus import BOS, EOS, load_corpus
-from benchmarks.demo_model.evaluate import token_losses
-from benchmarks.reporting import progress, write_result
+from benchmarks.reporting import progress, wide_console, write_result
 from moe_offload.cpu_kernels.packed_layout import PackedMatrix
 from moe_offload.cpu_kernels.packing import pack_matrix, unpack_matrix
+from moe_offload.layer_stream import LayerStream
 from moe_offload.model_folder import DEMO_FOLDER
+from moe_offload.verify_model import Verified, compare
+from moe_offload.verify_reference import load_reference
 
 GROUP = 32
-HELD_OUT = Path(__file__).parents[1] / "tests" / "data" / "held_out_sched.txt"
+WINDOW = 1024  # the demo model's context
+DECODED = 16  # tokens of each window that are given one by one
+GOAL = 0.1  # percent of perplexity that int8 may cost
+
+Model = tuple[str, Callable[[], PreTrainedModel]]
 
 
 def searched(weights: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -50,10 +57,15 @@ def absmax(weights: NDArray[np.float32]) -> NDArray[np.float32]:
     return kept
 
 
+def plain_model(dtype: torch.dtype) -> Any:
+    """The demo model as transformers loads it."""
+    return AutoModelForCausalLM.from_pretrained(DEMO_FOLDER, dtype=dtype, experts_implementation="eager")
+
+
 @torch.no_grad()
-def rounded_model(rounding: Callable[[Any], Any]) -> Any:
+def rounded_model(rounding: Callable[[NDArray[np.float32]], NDArray[np.float32]]) -> Any:
     """The demo model in f32 with the same weights rounded that the engine rounds: experts, projections, output head."""
-    model = AutoModelForCausalLM.from_pretrained(DEMO_FOLDER, dtype=torch.float32, experts_implementation="eager")
+    model = plain_model(torch.float32)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 3:
             parameter.copy_(torch.stack([torch.from_numpy(rounding(expert.numpy())) for expert in parameter]))
@@ -64,48 +76,94 @@ def rounded_model(rounding: Callable[[Any], Any]) -> Any:
     return model
 
 
-def main(
-    tokens: Annotated[int, typer.Option(min=256, help="Held-out tokens to score.")] = 120_000,
-    smoke: Annotated[bool, typer.Option(help="A quick run on one file; writes nothing.")] = False,
-) -> None:
-    """Compare the formats' perplexities."""
+def models(packs: str, quick: bool) -> Iterator[Model]:
+    """What is compared: a name, and what loads it."""
+
+    def engine(**options: Any) -> Callable[[], PreTrainedModel]:
+        return lambda: moe_offload.load("demo", device="cpu", pack_dir=packs, **options)
+
+    yield "as stored, f32 arithmetic", engine(dtype="float32")
+    yield "as stored (bf16)", engine()
+    yield "transformers, bf16", lambda: plain_model(torch.bfloat16)
+    for weights in ("int8", "int4"):
+        for activations in ("auto",) if quick else ("auto", "int16", "int8", "f32"):
+            options = dict(weights=weights, dense=weights, activations=activations, dtype="float32")
+            yield f"{weights}, activations {activations}", engine(**options)
+    yield "int4, other linears int8", engine(weights="int4", dtype="float32")
+    yield "int4 weights by search, transformers, f32", lambda: rounded_model(searched)
+    yield "int4 weights by absmax, transformers, f32", lambda: rounded_model(absmax)
+
+
+def windows(tokens: int, smoke: bool) -> list[torch.Tensor]:
+    """Held-out files as sequences [1, T]."""
     tokenizer: Any = AutoTokenizer.from_pretrained(DEMO_FOLDER)
+    documents = load_corpus().held_out
     if smoke:
-        text = tokenizer.bos_token + HELD_OUT.read_text(encoding="utf-8")
-        stream = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])[:512]
-    else:
-        texts = (BOS + item.text + EOS for item in load_corpus().held_out)
-        stream = torch.from_numpy(encode_all(tokenizer, texts)).long()[:tokens]
-    losses: dict[str, float] = {}
+        documents, tokens = documents[:2], 512
+    stream = torch.from_numpy(encode_all(tokenizer, (BOS + each.text + EOS for each in documents))).long()[:tokens]
+    return [part[None] for part in stream.split(256 if smoke else WINDOW) if len(part) > 1]
 
-    def score(name: str, model: Any) -> None:
-        progress(f"scoring {name}")
-        losses[name] = float(token_losses(model, stream).double().mean())
 
-    score("bf16, transformers", AutoModelForCausalLM.from_pretrained(DEMO_FOLDER, dtype=torch.bfloat16))
+def score(sequences: list[torch.Tensor], quick: bool) -> dict[str, Verified]:
+    """Each model's agreement with the reference, by name."""
+    progress("running the reference")
+    reference = load_reference(DEMO_FOLDER, dtype=torch.float32)
+    with LayerStream(reference) as stream:
+        stream.run(sequences)
+        logits = [stream.logits(number) for number in range(len(sequences))]
+    reference.close()
+    found: dict[str, Verified] = {}
     with tempfile.TemporaryDirectory() as packs:
-        for weights in ("int8", "int4"):
-            for activations in ("auto", "int16", "int8", "f32"):
-                model = moe_offload.load(
-                    "demo", weights=weights, dense=weights, activations=activations, pack_dir=packs, dtype="float32"
-                )
-                score(f"{weights}, activations {activations}", model)
-                model.offload.close()
-    score("int4 weights by search, f32 arithmetic", rounded_model(searched))
-    score("int4 weights by absmax, f32 arithmetic", rounded_model(absmax))
+        for name, load in models(packs, quick):
+            progress(f"scoring {name}")
+            model = load()
+            found[name] = compare(logits.__getitem__, model, sequences, decode_tokens=DECODED)
+            engine: Any = getattr(model, "offload", None)
+            if engine is not None:
+                engine.close()
+    return found
 
-    base = math.exp(losses["bf16, transformers"])
-    table = Table(title=f"Perplexity of the demo model, {len(stream) - 1} held-out tokens")
-    for column in ("weights", "perplexity", "against bf16"):
+
+def main(
+    tokens: Annotated[int, typer.Option(min=256, help="Held-out tokens to score.")] = 40_000,
+    smoke: Annotated[bool, typer.Option(help="A quick run on few tokens; writes nothing.")] = False,
+) -> None:
+    """Compare the formats with the reference."""
+    sequences = windows(tokens, smoke)
+    found = score(sequences, smoke)
+    first = next(iter(found.values())).all
+    table = Table(
+        title=f"The demo model against transformers in f32 (perplexity {first.reference_perplexity:.3f}), "
+        f"{first.tokens} held-out tokens in windows of {WINDOW}, {DECODED} of each one by one"
+    )
+    for column in ("weights", "perplexity", "change", "same first choice", "mean error", "largest", "KL divergence"):
         table.add_column(column, justify="left" if column == "weights" else "right")
-    rows = []
-    for name, loss in losses.items():
-        change = 100 * (math.exp(loss) / base - 1)
-        rows.append({"name": name, "loss": loss, "perplexity": math.exp(loss), "percent": change})
-        table.add_row(name, f"{math.exp(loss):.3f}", f"{change:+.2f} %")
-    Console().print(table)
+    for name, each in found.items():
+        part = each.all
+        table.add_row(
+            name, f"{part.perplexity:.3f}", f"{part.change:+.3f} ± {part.change_error:.3f} %", f"{part.top1:.2f} %",
+            f"{part.mean_error:.4f}", f"{part.max_error:.3f}", f"{part.divergence:.6f}",
+        )  # fmt: skip
+    wide_console().print(table)
+    cost = found["int8, activations auto"].all.change
+    progress(f"goal: int8 costs at most {GOAL} % of perplexity: {'met' if cost <= GOAL else 'MISSED'} ({cost:+.3f} %)")
     if not smoke:
-        write_result("accuracy", {"tokens": len(stream) - 1, "group": GROUP, "rows": rows})
+        rows = [
+            {
+                "name": name,
+                "percent": each.all.change,
+                **asdict(each.all),
+                "decode": each.decode and asdict(each.decode),
+            }
+            for name, each in found.items()
+        ]
+        write_result(
+            "accuracy",
+            {
+                "tokens": first.tokens, "window": WINDOW, "decoded": DECODED, "group": GROUP, "goal_percent": GOAL,
+                "reference": "transformers, f32, eager experts", "rows": rows,
+            },
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

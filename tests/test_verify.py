@@ -155,17 +155,21 @@ class Watched:
         return self.forward(*args, **kwargs)
 
 
+def forwards() -> list[threading.Thread]:
+    """Threads of forwards that nobody has ended."""
+    return [each for each in threading.enumerate() if each.name == "forward"]
+
+
 def test_what_is_interrupted_leaves_nothing(checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
     reference = load_reference(checkpoint("qwen3_moe"))
-    threads = threading.active_count()
 
     def interrupted(done: int, total: int) -> None:
-        assert (done, total) == (1, 3)
+        assert (done, total, len(forwards())) == (1, 3, len(SEQUENCES))
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt), LayerStream(reference) as stream:
         stream.run(SEQUENCES, interrupted)
-    assert threading.active_count() == threads
+    assert not forwards()
     assert not any("forward" in module.__dict__ for module in reference.model.modules())
     assert all(layer.mlp.experts.down_proj is None for layer in reference.layers.values())
     for found, expected in zip(streamed_logits(reference), plain_logits(checkpoint("qwen3_moe")), strict=True):
@@ -174,7 +178,6 @@ def test_what_is_interrupted_leaves_nothing(checkpoint: Checkpoints, monkeypatch
 
 def test_a_failing_layer(checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
     """Errors come out where the reference is run, whichever thread they were on."""
-    threads = threading.active_count()
     for path in ("model.layers.1", "model.rotary_emb"):
         reference = load_reference(checkpoint("qwen3_moe"))
 
@@ -184,7 +187,7 @@ def test_a_failing_layer(checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(reference.model.get_submodule(path), "forward", failing)
         with pytest.raises(RuntimeError, match="broken"), LayerStream(reference) as stream:
             stream.run(SEQUENCES)
-        assert threading.active_count() == threads
+        assert not forwards()
         reference.close()
 
 
