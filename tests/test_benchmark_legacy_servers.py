@@ -297,7 +297,9 @@ def test_what_other_code_made_does_not_count(tmp_path: Path) -> None:
     Journal(path, "old").add(planted(cell))
     assert Journal(path, "new").read() == {} and list(Journal(path, "old").read()) == [cell.key]
     assert missing([cell], Journal(path, "new").read()) == [cell]
-    path.write_bytes(b'\xff\xfe\nnull\n[]\n{"version": "old", "outcome": {"cell": 3}}\n' + path.read_bytes())
+    path.write_bytes(
+        b'\xff\xfe\nnull\n[]\n{"version": "old", "outcome": {"cell": 3, "bound": 4}}\n' + path.read_bytes()
+    )
     assert list(Journal(path, "old").read()) == [cell.key]
 
 

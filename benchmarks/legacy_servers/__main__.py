@@ -10,6 +10,7 @@ cells only prints. Everything is simulated, all routing synthetic.
 """
 
 import multiprocessing
+import signal
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -56,7 +57,7 @@ def simulate(wanted: list[Cell], journal: Journal, jobs: int, say: Report = prog
             note(outcome(cell))
     else:
         # not fork: compiled code's threads do not survive it
-        with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=_end_at_once) as pool:
             futures = [pool.submit(outcome, cell) for cell in left]
             try:
                 for future in as_completed(futures):
@@ -65,6 +66,11 @@ def simulate(wanted: list[Cell], journal: Journal, jobs: int, say: Report = prog
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
     return [done[cell.key] for cell in wanted]
+
+
+def _end_at_once() -> None:
+    """In a worker, at Ctrl-C: without a word."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def result_of(checks: Sequence[Check], outcomes: Sequence[Outcome], goals: Goals) -> dict[str, object]:

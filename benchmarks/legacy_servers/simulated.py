@@ -132,7 +132,8 @@ class Outcome:
         """The inverse of `to_dict`."""
         facts: dict[str, object] = dict(data)
         cell, bound = facts.pop("cell"), facts.pop("bound")
-        assert isinstance(cell, dict) and isinstance(bound, dict)
+        if not isinstance(cell, dict) or not isinstance(bound, dict):
+            raise ValueError("no outcome of a cell: cell and bound are not objects")
         made = Cell(**{**cell, "steps": Steps(**cell["steps"])})
         return cls(cell=made, bound=Bound(**bound), **facts)  # type: ignore[arg-type]
 
