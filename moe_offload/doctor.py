@@ -42,7 +42,11 @@ def judge(facts: MachineFacts, device: DeviceChoice | None = None) -> Verdict:
         of_cards = [Finding("problem", unseen, instruction="see what nvidia-smi says")]
     library = transformers_finding(facts.transformers)
     of_software = [*([] if library is None else [library]), *software_findings(facts.software, facts.cpu)]
-    of_host = cpu_findings(facts.cpu) + memory_findings(facts.memory, bool(usable)) + disk_findings(facts.disks)
+    of_host = [
+        *cpu_findings(facts.cpu, facts.memory.modules),
+        *memory_findings(facts.memory, bool(usable)),
+        *disk_findings(facts.disks),
+    ]
     findings = sorted([*of_software, *of_cards, *of_host], key=lambda each: _ORDER.index(each.severity))
     runs = all(each.severity != "problem" for each in of_software)
     refused = None

@@ -2,6 +2,7 @@
 
 from moe_offload.doctor_cpu_facts import TIERS, CpuFacts, NumaNode
 from moe_offload.doctor_findings import Finding
+from moe_offload.doctor_modules import MemoryModules
 from moe_offload.memory import format_bytes
 
 _PERFORMANCE = "echo performance | sudo tee /sys/devices/system/cpu/cpu*/cpufreq/scaling_governor"
@@ -10,18 +11,18 @@ _HALF = 0.5
 _KERNELS = "AVX2"  # the least that kernels are tuned for
 
 
-def cpu_findings(cpu: CpuFacts) -> list[Finding]:
-    """What is wrong with the CPU, or with what this process may use of it."""
-    found = (_cores(cpu), _tier(cpu), _governor(cpu), _nodes(cpu), _empty_nodes(cpu), _rate(cpu))
+def cpu_findings(cpu: CpuFacts, modules: MemoryModules | None = None) -> list[Finding]:
+    """What is wrong with the CPU, or with what this process may use of it. `modules`: of its memory, if known."""
+    found = (_cores(cpu), _tier(cpu), _governor(cpu), _nodes(cpu), _empty_nodes(cpu), _rate(cpu, modules))
     return [each for each in found if each is not None]
 
 
 def better_tier(tier: str) -> str | None:
     """What a newer CPU would bring, measured on a Zen 4 that was held to AVX2 (benchmarks/results/cpu_experts.json)."""
     if level(tier) < level("AVX2"):
-        return "a CPU with AVX2 and FMA (2013 and later) runs the kernels as they are meant"
+        return "AVX2 and FMA (2013 and later) are the least that kernels are tuned for"
     if level(tier) < level("AVX-512 with VNNI"):
-        return "AVX-512 with VNNI: 1.05 to 1.2x at one token, 1.5 to 4x in prompts"
+        return "AVX-512 with VNNI reads 1.05 to 1.2x as fast at one token, 1.5 to 4x in prompts"
     return None
 
 
@@ -75,8 +76,8 @@ def _nodes(cpu: CpuFacts) -> Finding | None:
         return None
     first = cpu.nodes_used[0]
     text = (
-        f"the cores belong to {len(cpu.nodes_used)} NUMA nodes, and weights lie on the node that read them first: the "
-        "other cores read them over the link between the nodes, and one node's memory does all the work"
+        f"the cores belong to {len(cpu.nodes_used)} NUMA nodes, and a file's weights lie on the node whose cores read "
+        "them first: all others read them over the slower link between the nodes"
     )
     small = "a small model" if not first.memory_bytes else f"a model that fits in {format_bytes(first.memory_bytes)}"
     help_ = (
@@ -98,11 +99,16 @@ def _empty_nodes(cpu: CpuFacts) -> Finding | None:
     return Finding("advice", text, instruction=help_, section="CPU")
 
 
-def _rate(cpu: CpuFacts) -> Finding | None:
-    if cpu.read_error is None:
+def _rate(cpu: CpuFacts, modules: MemoryModules | None) -> Finding | None:
+    if cpu.read_error is not None:
+        return Finding("note", f"how fast memory is read could not be measured: {cpu.read_error}", section="CPU")
+    most = None if modules is None else modules.rate
+    part = cpu.cores < cpu.allowed_cores or cpu.allowed < cpu.present or len(cpu.nodes_used) > 1
+    if most is None or cpu.read_rate is None or part or cpu.read_rate >= _HALF * most:
         return None
-    text = f"how fast memory is read could not be measured: {cpu.read_error}"
-    return Finding("note", text, section="CPU")
+    text = f"memory is read at {cpu.read_rate / 1e9:.1f} of the {most / 1e9:.1f} GB/s that its modules give"
+    help_ = "close programs that use memory, and look in the firmware's settings for power saving and node interleaving"
+    return Finding("advice", text, instruction=help_, section="CPU")
 
 
 def _numbers(nodes: list[NumaNode]) -> str:

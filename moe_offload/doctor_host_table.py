@@ -8,6 +8,7 @@ from moe_offload.doctor_cpu_facts import CpuFacts
 from moe_offload.doctor_disk_facts import DiskFacts
 from moe_offload.doctor_facts import MachineFacts
 from moe_offload.doctor_memory_facts import MemoryFacts
+from moe_offload.doctor_modules import MemoryModules
 from moe_offload.memory import format_bytes
 
 
@@ -19,14 +20,14 @@ def facts_table() -> Table:
     return table
 
 
-def cpu_table(cpu: CpuFacts) -> Table:
+def cpu_table(cpu: CpuFacts, modules: MemoryModules | None) -> Table:
     table = facts_table()
     table.add_row("name", Text(cpu.name or "unknown"))
     table.add_row("cores", _cores(cpu))
     table.add_row("instructions", cpu.tier)
     better = better_tier(cpu.tier)
     if better is not None:
-        table.add_row("", f"with {better}")
+        table.add_row("newer ones", better)
     if cpu.governor is not None:
         driver = f" ({cpu.clock_driver})" if cpu.clock_driver else ""
         table.add_row("clock", Text(f"governor {cpu.governor}{driver}"))
@@ -39,6 +40,9 @@ def cpu_table(cpu: CpuFacts) -> Table:
         speed = cpu.read_rate / 1e9
         table.add_row("memory reads", f"{speed:.1f} GB/s, measured with {_count(cpu.cores, 'thread')}: at most")
         table.add_row("", f"{speed:.0f} tokens/s on the CPU where a token needs 1 GB of weights")
+    if modules is not None and modules.rate is not None:
+        kind = f"{_count(modules.channels or 0, 'channel')} of {modules.kind}-{modules.speed}"
+        table.add_row("", f"its modules give {modules.rate / 1e9:.1f} GB/s ({kind})")
     return table
 
 
@@ -47,6 +51,10 @@ def memory_table(memory: MemoryFacts) -> Table:
     table.add_row("in all", f"{format_bytes(memory.total)}, {format_bytes(memory.available)} free")
     if memory.limited_by is not None:
         table.add_row("limited by", Text(f"{memory.limited_by}; the machine has {format_bytes(memory.machine)}"))
+    modules = memory.modules
+    if modules is not None:
+        slots = f"{modules.count} of {modules.slots} slots"
+        table.add_row("modules", f"{modules.kind}-{modules.speed} in {slots}")
     swap = f"{format_bytes(memory.swap)}, {format_bytes(memory.swap_used)} in use" if memory.swap else "none"
     table.add_row("swap", swap)
     if memory.huge_pages is not None:
@@ -99,7 +107,7 @@ def _cores(cpu: CpuFacts) -> str:
     if cpu.quota is not None:
         text += f" (quota of {cpu.quota:.3g} CPUs)"
     if cpu.allowed > cpu.allowed_cores:
-        text += f", hardware threads {cpu.allowed}: a second one for a core adds nothing"
+        text += f", one of {cpu.allowed // max(cpu.allowed_cores, 1)} hardware threads each"
     if cpu.allowed < cpu.present:
         text += f", {cpu.allowed} of {cpu.present} hardware threads allowed"
     return text

@@ -7,6 +7,7 @@ from pathlib import Path
 import psutil
 
 from moe_offload.doctor_files import read_line, read_number
+from moe_offload.doctor_modules import MemoryModules, detect_modules
 from moe_offload.memory import detect_memory, group_limits
 
 
@@ -28,6 +29,7 @@ class MemoryFacts:
     lock_limit: int | None = None
     huge_pages: str | None = None
     reserved: int = 0
+    modules: MemoryModules | None = None
 
 
 def detect_main_memory(root: Path = Path("/")) -> MemoryFacts:
@@ -50,6 +52,7 @@ def detect_main_memory(root: Path = Path("/")) -> MemoryFacts:
         lock_limit(),
         huge_page_mode(read_line(root / "sys/kernel/mm/transparent_hugepage/enabled")),
         _reserved(root / "sys/kernel/mm/hugepages"),
+        detect_modules(root),
     )
 
 

@@ -18,17 +18,17 @@ _COLOURS = {"problem": "bold red", "advice": "bold yellow", "note": "bold"}
 def print_verdict(facts: MachineFacts, verdict: Verdict) -> None:
     """Facts, conclusion, findings on stdout. Commands stand on lines of their own, never wrapped: to be copied."""
     console = Console(highlight=False)
-    tables = {
-        "CPU": cpu_table(facts.cpu),
-        "memory": memory_table(facts.memory),
-        "disk": disk_table(facts.disks),
-        "GPU": _gpu(facts),
-        "software": software_table(facts),
+    sections: dict[str, tuple[Table, ...]] = {
+        "CPU": (cpu_table(facts.cpu, facts.memory.modules),),
+        "memory": (memory_table(facts.memory),),
+        "disk": (disk_table(facts.disks),),
+        "GPU": (_gpu(facts), *(_card(card, verdict) for card in facts.cards)),
+        "software": (software_table(facts),),
     }
-    for section, table in tables.items():
-        console.print(Group(_heading(section, verdict), table, Text()))
-    for card in facts.cards:
-        console.print(Group(_card(card, verdict), Text()))
+    for section, tables in sections.items():
+        console.print(_heading(section, verdict))
+        for table in tables:
+            console.print(Group(table, Text()))
     console.print(Text.assemble(("verdict: ", "bold"), _conclusion(facts, verdict)))
     for finding in verdict.findings:
         console.print(Text.assemble("\n", (f"{finding.severity}: ", _COLOURS[finding.severity]), finding.text))

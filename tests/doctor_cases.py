@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from moe_offload.doctor_cpu_facts import TIERS, CpuFacts, NumaNode
 from moe_offload.doctor_disk_facts import MODELS, PACKS, DiskFacts
 from moe_offload.doctor_memory_facts import MemoryFacts
+from moe_offload.doctor_modules import MemoryModules
 from moe_offload.doctor_software_facts import VARIABLES, SoftwareFacts
 
 GIB = 1 << 30
@@ -32,9 +33,13 @@ cpus = st.builds(
     st.none() | st.sampled_from(["default", "interleave:0-1", "bind:0"]), st.booleans(), maybe_rates,
     st.none() | st.text(max_size=3),
 )  # fmt: skip
+modules = st.builds(
+    MemoryModules, st.sampled_from(["DDR3", "DDR4", "DDR5"]), st.integers(1, 64), st.integers(1, 64),
+    st.integers(1, 9000), st.none() | st.integers(1, 24),
+)  # fmt: skip
 memories = st.builds(
     MemoryFacts, sizes, sizes, sizes, st.none() | st.just("/sys/fs/cgroup/memory.max"), sizes, sizes, st.none() | sizes,
-    st.none() | st.sampled_from(["always", "madvise", "never"]), sizes,
+    st.none() | st.sampled_from(["always", "madvise", "never"]), sizes, st.none() | modules,
 )  # fmt: skip
 disks = st.builds(
     DiskFacts, st.sampled_from([BOTH, BOTH[:1], BOTH[1:]]),

@@ -15,6 +15,7 @@ from moe_offload.doctor_disk_facts import DiskFacts
 from moe_offload.doctor_facts import MachineFacts
 from moe_offload.doctor_memory import memory_findings
 from moe_offload.doctor_memory_facts import MemoryFacts
+from moe_offload.doctor_modules import MemoryModules
 from moe_offload.doctor_software import software_findings
 from moe_offload.doctor_software_facts import SoftwareFacts
 from tests import doctor_cases
@@ -26,6 +27,7 @@ DUAL = replace(
     CPU, cores=28, allowed=56, allowed_cores=28, present=56, memory_policy="default", numactl=True,
     nodes=(NumaNode(0, 28, 64 * GIB), NumaNode(1, 28, 64 * GIB)),
 )  # fmt: skip
+DDR4 = MemoryModules("DDR4", 4, 16, 2400, 4)
 LAPTOP = CpuFacts("Intel(R) Core(TM) i5-7200U CPU @ 2.50GHz", 2, "AVX2", "AVX2", 4, 4, 2, governor="powersave",
                   clock_driver="acpi-cpufreq")  # fmt: skip
 
@@ -85,6 +87,12 @@ def settings_of(threads: int = 14, **environment: str) -> MachineFacts:
         (cpu(tier="AVX", best_tier="AVX"), "CPU", None, "", ""),  # an Ivy Bridge: nothing to mend
         (cpu(tier="NEON", best_tier="", hypervisor=True), "CPU", None, "", ""),
         (cpu(read_rate=None, read_error="no"), "CPU", "note", "could not be measured: no", None),
+        (machine(GTX1080TI, memory=replace(MEMORY, modules=replace(DDR4, channels=8))), "CPU", "advice",
+         "read at 60.0 of the 153.6 GB/s", "firmware"),
+        (machine(GTX1080TI, memory=replace(MEMORY, modules=DDR4)), "CPU", None, "", ""),
+        (machine(GTX1080TI, memory=replace(MEMORY, modules=replace(DDR4, channels=8, kind="DDR5"))), "CPU", None, "",
+         ""),
+        (machine(GTX1080TI, memory=replace(MEMORY, modules=replace(DDR4, channels=None))), "CPU", None, "", ""),
         # memory
         (memory(available=20 * GIB), "memory", "advice", "21.5 GB of 137 GB of memory are free", "ps -eo"),
         (memory(swap=8 * GIB, swap_used=7 * GIB), "memory", "advice", "7.5 GB are swapped out", "stop other"),

@@ -11,7 +11,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,29 +84,61 @@ def _read(descriptor: int, direct: bool, seconds: float) -> ReadRate:
         raise OSError(f"a file of less than {PIECE} bytes")
     # in an order that no disk foresees, each piece once: what was read may be kept somewhere below
     order = iter(np.random.default_rng(0).permutation(pieces)[: _MOST_BYTES // PIECE].tolist())
-    turn, stop = threading.Lock(), threading.Event()
     started = time.perf_counter()
-    until = started + seconds
-
-    def work() -> int:
-        done = 0
-        with mmap.mmap(-1, PIECE) as memory:  # on a page's boundary, as reads past the cache need it
-            while not stop.is_set() and time.perf_counter() < until:
-                with turn:
-                    piece = next(order, None)
-                if piece is None:
-                    break
-                done += os.preadv(descriptor, [memory], piece * PIECE)
-        return done
-
-    # not Thread.join: interrupted by Ctrl-C it takes a thread for ended that still reads
-    with ThreadPoolExecutor(_THREADS, thread_name_prefix="disk") as pool:
-        try:
-            nbytes = sum(share.result() for share in [pool.submit(work) for _ in range(_THREADS)])
-        finally:
-            stop.set()
+    nbytes = _Readers(descriptor, order, started + seconds).run()
     elapsed = time.perf_counter() - started
     if not direct:
         with suppress(OSError):
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     return ReadRate(nbytes / elapsed, nbytes, elapsed, direct)
+
+
+class _Readers:
+    """Threads that read pieces until there are none, or time is up.
+
+    None of them touches the descriptor when `run` has ended, by Ctrl-C too. Thread.join and ThreadPoolExecutor do not
+    hold that: interrupted, the one takes a thread for ended that still reads, the other forgets one that just starts.
+    """
+
+    def __init__(self, descriptor: int, pieces: Iterator[int], until: float) -> None:
+        self._descriptor, self._pieces, self._until = descriptor, pieces, until
+        self._state = threading.Condition()
+        self._stop = False
+        self._active = self._ended = self._nbytes = 0
+        self._problem: OSError | None = None
+
+    def run(self) -> int:
+        """Bytes that were read. Raises the first OSError."""
+        try:
+            for number in range(_THREADS):
+                threading.Thread(target=self._work, name=f"disk-{number}", daemon=True).start()
+            with self._state:
+                self._state.wait_for(lambda: self._ended == _THREADS)
+        finally:
+            with self._state:
+                self._stop = True
+                self._state.wait_for(lambda: not self._active)
+        if self._problem is not None:
+            raise self._problem
+        return self._nbytes
+
+    def _work(self) -> None:
+        with self._state:
+            self._active += 1
+        try:
+            with mmap.mmap(-1, PIECE) as memory:  # on a page's boundary, as reads past the cache need it
+                while (piece := self._next()) is not None:
+                    nbytes = os.preadv(self._descriptor, [memory], piece * PIECE)
+                    with self._state:
+                        self._nbytes += nbytes
+        except OSError as error:
+            self._problem = self._problem or error
+        finally:
+            with self._state:
+                self._active -= 1
+                self._ended += 1
+                self._state.notify_all()
+
+    def _next(self) -> int | None:
+        with self._state:
+            return None if self._stop or time.perf_counter() >= self._until else next(self._pieces, None)
