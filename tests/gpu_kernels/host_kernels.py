@@ -35,6 +35,8 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g
 
 ORDERS = (0, 1, 2, 3)  # forward, backward, random, and one warp ahead of the others
 SANITIZE = "HOST_KERNELS_SANITIZE"  # environment variable: what HostKernels checks unless told otherwise
+# For tests of numbers alone: under sanitizers they would only take their time once more.
+numbers_only = pytest.mark.skipif(bool(os.environ.get(SANITIZE)), reason="not under sanitizers: numbers tell")
 _SHIM = Path(__file__).with_name("host_shim.h")
 _FLAGS = (
     "-std=c++17 -O1 -g -fPIC -shared -fvisibility=hidden -U_FORTIFY_SOURCE -fno-strict-aliasing -Wall -Wextra "

@@ -21,7 +21,7 @@ from moe_offload.gpu_kernels.decode_attention import (
 from moe_offload.gpu_kernels.launch import Argument, Kernel, KernelError, Macros
 from moe_offload.gpu_kernels.sources import read_source
 from tests.gpu_kernels.attention_cases import ROUNDING, Case, make_case
-from tests.gpu_kernels.host_kernels import ORDERS, SANITIZE, HostKernels, needs_compiler
+from tests.gpu_kernels.host_kernels import ORDERS, SANITIZE, HostKernels, needs_compiler, numbers_only
 
 pytestmark = needs_compiler
 F32, F16, BF16, INT8 = KV_TYPES
@@ -109,6 +109,7 @@ def _mask(kind: str, batch: int, length: int, draw: torch.Generator) -> torch.Te
     return torch.randn(seen.shape, generator=draw).to(dtype).masked_fill(~seen, torch.finfo(dtype).min)
 
 
+@numbers_only
 def test_the_order_of_threads_and_blocks_changes_no_bit() -> None:
     case = make_case(replace(PLAIN, kv_type=F32), 2, 130, starts=[0, 50], with_sinks=True)
     for splits in (1, 2, 5):
@@ -116,6 +117,7 @@ def test_the_order_of_threads_and_blocks_changes_no_bit() -> None:
         assert all(torch.equal(first, other) for other in others)
 
 
+@numbers_only
 def test_the_number_of_splits_changes_roundings_only() -> None:
     case = make_case(replace(PLAIN, kv_type=F32), 2, 130, starts=[3, 100])
     for splits in (1, 2, 3, 7, 128):
@@ -394,6 +396,7 @@ BUGS = {
 }
 
 
+@numbers_only
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_planted_bug_is_found(bug: str) -> None:
     text, (right, wrong) = read_source(SOURCE), BUGS[bug]

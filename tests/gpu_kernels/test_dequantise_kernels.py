@@ -1,7 +1,5 @@
 """Dequantised matrices: bit for bit those of `unpack`, in every format, type and shape, and nothing beside them."""
 
-import os
-
 import numpy as np
 import pytest
 import torch
@@ -12,7 +10,7 @@ from moe_offload.gpu_kernels import unpack
 from moe_offload.gpu_kernels.dequantise import TYPE_NUMBERS, VARIANTS, Dequantiser
 from moe_offload.gpu_kernels.launch import KernelError
 from moe_offload.gpu_kernels.sources import read_source
-from tests.gpu_kernels.host_kernels import ORDERS, SANITIZE, HostKernels, needs_compiler
+from tests.gpu_kernels.host_kernels import ORDERS, HostKernels, needs_compiler, numbers_only
 
 pytestmark = needs_compiler
 FORMATS = [
@@ -124,7 +122,7 @@ BUGS = {
 }
 
 
-@pytest.mark.skipif(bool(os.environ.get(SANITIZE)), reason="numbers tell; compiling all of them with checks is slow")
+@numbers_only
 @pytest.mark.parametrize("name", BUGS)
 def test_planted_bugs_are_found(name: str) -> None:
     right, wrong = BUGS[name]

@@ -17,7 +17,7 @@ from moe_offload.gpu_kernels.launch import KernelError
 from moe_offload.gpu_kernels.sources import read_source
 from moe_offload.gpu_kernels.torch_experts import DeviceActivation, DeviceRecord
 from tests.gpu_kernels.fused_cases import EXPERTS, FusedCase, expected, fused, fused_case, run_fused, slots_of
-from tests.gpu_kernels.host_kernels import ORDERS, HostKernels, needs_compiler
+from tests.gpu_kernels.host_kernels import ORDERS, HostKernels, needs_compiler, numbers_only
 from tests.gpu_kernels.test_torch_experts import FORMATS, activation_of, sized
 from tests.gpu_kernels.test_torch_experts import KINDS as ACTIVATIONS
 
@@ -60,6 +60,7 @@ def test_kinds_are_numbered_alike() -> None:
     assert set(KINDS) == set(ACTIVATIONS)
 
 
+@numbers_only
 @pytest.mark.parametrize("arch", [600, 610])
 @pytest.mark.parametrize("dtype", ["int8", "int4", "mxfp4", "f16"])
 def test_any_order_of_threads_gives_the_same_bits(arch: int, dtype: str) -> None:
@@ -160,6 +161,7 @@ def test_what_does_not_fit_is_refused() -> None:
         FusedExperts(record, DeviceActivation("silu"), HostKernels(), 4)
 
 
+@numbers_only
 @pytest.mark.parametrize(
     ("what", "was", "becomes"),
     [

@@ -1,6 +1,5 @@
 """Experts with many rows: against float64 in all formats, activations and types, and what is special about f16."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
@@ -20,7 +19,7 @@ from moe_offload.gpu_kernels.sources import read_source
 from moe_offload.gpu_kernels.tiled_experts import VARIANTS, TiledExperts, compute_type
 from moe_offload.gpu_kernels.torch_experts import DeviceActivation
 from tests.cpu_kernels.packed_cases import PackedExperts
-from tests.gpu_kernels.host_kernels import ORDERS, SANITIZE, HostKernel, HostKernels, needs_compiler
+from tests.gpu_kernels.host_kernels import ORDERS, HostKernel, HostKernels, needs_compiler, numbers_only
 from tests.gpu_kernels.test_torch_experts import (
     FORMATS,
     KINDS,
@@ -292,7 +291,7 @@ BUGS = {
 }
 
 
-@pytest.mark.skipif(bool(os.environ.get(SANITIZE)), reason="numbers tell; compiling all of them with checks is slow")
+@numbers_only
 @pytest.mark.parametrize("name", BUGS)
 def test_planted_bugs_are_found(name: str) -> None:
     right, wrong = BUGS[name]
