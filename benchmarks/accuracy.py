@@ -134,7 +134,7 @@ def main(
     first = next(iter(found.values())).all
     table = Table(
         title=f"The demo model against transformers in f32 (perplexity {first.reference_perplexity:.3f}), "
-        f"{first.tokens} held-out tokens in windows of {WINDOW}, {DECODED} of each one by one"
+        f"{first.tokens} held-out tokens in windows of {sequences[0].shape[1]}, {DECODED} of each one by one"
     )
     for column in ("weights", "perplexity", "change", "same first choice", "mean error", "largest", "KL divergence"):
         table.add_column(column, justify="left" if column == "weights" else "right")

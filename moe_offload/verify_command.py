@@ -6,12 +6,14 @@ import hashlib
 import math
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from moe_offload import terminal
 from moe_offload.layer_stream import LayerStream
@@ -70,8 +72,6 @@ def verify(opened: OpenedModel, wishes: VerifyWishes, *, as_json: bool) -> int:
     started = time.perf_counter()
     options = opened.options
     sequences, text = _read_text(opened, wishes)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
     # Whatever speaks against loading is told now, not after the reference has run for an hour.
     model, _ = opened.load()
     engine: Any = model.offload
@@ -83,10 +83,11 @@ def verify(opened: OpenedModel, wishes: VerifyWishes, *, as_json: bool) -> int:
     del model, engine
     gc.collect()  # a model and its engine hold each other
     with Activity(f"loading the reference of {options.name}", enabled=options.show_progress) as activity:
-        reference = load_reference(
-            opened.folder, dtype=DTYPES[wishes.reference_dtype], attn_implementation=options.attn_implementation,
-            memory_limit=options.memory_limit,
-        )  # fmt: skip
+        with _no_bars():
+            reference = load_reference(
+                opened.folder, dtype=DTYPES[wishes.reference_dtype], attn_implementation=options.attn_implementation,
+                memory_limit=options.memory_limit,
+            )  # fmt: skip
         try:
             with LayerStream(reference) as stream:
                 what = f"running the reference of {options.name}"
@@ -100,10 +101,25 @@ def verify(opened: OpenedModel, wishes: VerifyWishes, *, as_json: bool) -> int:
         options.name, ran, _name(reference.dtype), text, _digest(sequences), len(sequences), found, complaints,
         round(time.perf_counter() - started, 3),
     )  # fmt: skip
-    write_json(report) if as_json else write_table(report)
+    if as_json:
+        write_json(report)
+    else:
+        write_table(report)
     for each in complaints:
         terminal.error(each)
     return _DISAGREES if complaints else 0
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """transformers' own progress bars would be drawn into our line."""
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
 
 
 def _read_text(opened: OpenedModel, wishes: VerifyWishes) -> tuple[list[torch.Tensor], str]:

@@ -70,7 +70,8 @@ def write_table(report: Report) -> None:
     here = f"experts {ran.weights}, activations {ran.activations}, other linears {ran.dense}, the rest {ran.dtype}"
     heads.add_row("here", Text(f"{here}; on {ran.device}"))
     heads.add_row("reference", f"transformers, eager experts, {report.reference_dtype}, layer by layer")
-    heads.add_row("text", Text(f"{report.text}: {found.all.tokens} tokens in {report.sequences} sequences"))
+    sequences = "1 sequence" if report.sequences == 1 else f"{report.sequences} sequences"
+    heads.add_row("text", Text(f"{report.text}: {found.all.tokens} tokens in {sequences}"))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
     parts = [("all tokens", found.all), ("in prompts", found.prompt)]

@@ -52,7 +52,7 @@ def test_a_table(run: Run, folder: Path, prompts: Path) -> None:
         assert words in " ".join(out.split()), words
     assert "errors are of logits" in err and "error:" not in err
     code, out, _ = run(folder, "--prompts", prompts, "--tokens", 60, "--decode-tokens", 0, "--device", "cpu")
-    assert code == 0 and "60 tokens in 1 sequences" in out and "one by one" not in out
+    assert code == 0 and "60 tokens in 1 sequence " in out and "one by one" not in out
 
 
 def test_json(run: Run, folder: Path, prompts: Path) -> None:

@@ -57,7 +57,8 @@ def streamed_logits(reference: Reference) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("model_type", [each for each in _ARCHITECTURES if each in tiny_models.known_architectures()])
 def test_the_reference_is_transformers(model_type: str, checkpoint: Checkpoints) -> None:
-    folder = checkpoint(model_type, torch.bfloat16)
+    # transformers 5.14 itself cannot run deepseek_v4 in bfloat16
+    folder = checkpoint(model_type, torch.float32 if model_type == "deepseek_v4" else torch.bfloat16)
     for found, expected in zip(streamed_logits(load_reference(folder)), plain_logits(folder), strict=True):
         assert torch.equal(found, expected)
 
