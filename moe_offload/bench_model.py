@@ -1,26 +1,20 @@
 """How fast a loaded model reads prompts and writes text: `moe-offload bench`, and benchmarks.
 
 The protocol, test by test: warm-ups that count for nothing, then the repeats, each with sequences that no run before it
-had, lest a cache know them. What runs is `model.generate`, greedy, the model's end tokens ignored. It is made to follow
-the text: at every step the text's own next token wins. So all settings route the same tokens, and no greedy loop makes
-routing easy. The time of a prompt is that to its first token; the time of generation begins there.
-
-Everything the machine gives is sampled between the repeats, because neighbours move it. On a virtual device all times
-are the simulated server's.
+had, lest a cache know them (`bench_generation.py` has the protocol of a run). What memory gives is sampled between the
+repeats, because neighbours move it.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import mean, median, stdev
 from typing import Any, ClassVar
 
-import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
-from transformers import PreTrainedTokenizerBase as Tokenizer
-from transformers.generation.streamers import BaseStreamer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moe_offload.bench_resources import Limits, Meter, Resource, Traffic
+from moe_offload.bench_generation import Sample, timed_generation
+from moe_offload.bench_resources import Limits, Meter, Resource
 from moe_offload.bench_text import RandomTokens, Tokens, standard_library
 from moe_offload.cpu_kernels.bandwidth import ReadLimit
 from moe_offload.memory import detect_memory
@@ -68,15 +62,6 @@ class Test:
     def length(self) -> int:
         """Tokens of a sequence, the first generated one among them."""
         return self.prompt_tokens + 1 + self.new_tokens
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One run. first_seconds: to the first token. seconds, traffic: of what the test is named for."""
-
-    first_seconds: float
-    seconds: float
-    traffic: Traffic
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,74 +219,7 @@ class ModelBench:
             self._report(test, runs, runs)
 
     def _once(self, test: Test) -> Sample:
-        ids = torch.from_numpy(self._tokens.take(test.batch, test.length)).to(self.model.device)
-        prompt, rest = ids[:, : test.prompt_tokens], ids[:, test.prompt_tokens :]
-        marks = _Marks(self.meter, test.new_tokens)
-        with plain_generation(self.model):
-            marks.begin()
-            self.model.generate(
-                prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=1 + test.new_tokens, streamer=marks,
-                logits_processor=LogitsProcessorList([_Follow(rest)]),
-            )  # fmt: skip
-        return marks.sample()
-
-
-class _Marks(BaseStreamer):  # type: ignore[misc]
-    """Notes the time of the first token and of the last."""
-
-    def __init__(self, meter: Meter, steps: int) -> None:
-        self._meter, self._steps = meter, steps
-        self._seen = -1  # the first that comes is the prompt
-        self._times: list[float] = []
-        self._traffic: list[Traffic] = []
-
-    def begin(self) -> None:
-        self._traffic.append(self._meter.traffic(0))
-        self._times.append(self._meter.now())
-
-    def put(self, value: torch.Tensor) -> None:
-        self._seen += 1
-        if self._seen == 1:
-            self._times.append(self._meter.now())
-            self._traffic.append(self._meter.traffic(1))
-            self._times.append(self._meter.now())
-        if self._seen == 1 + self._steps and self._steps:
-            self._times.append(self._meter.now())
-            self._traffic.append(self._meter.traffic(1 + self._steps))
-
-    def end(self) -> None:
-        pass
-
-    def sample(self) -> Sample:
-        started, first, *rest = self._times
-        if not self._steps:
-            return Sample(first - started, first - started, self._traffic[1] - self._traffic[0])
-        return Sample(first - started, rest[1] - rest[0], self._traffic[2] - self._traffic[1])
-
-
-class _Follow(LogitsProcessor):  # type: ignore[misc]
-    """Makes the text's next token the most probable, whatever the model thinks of it."""
-
-    def __init__(self, tokens: torch.Tensor) -> None:
-        """tokens: [sequences, steps]"""
-        self._tokens, self._step = tokens, 0
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        scores.scatter_(1, self._tokens[:, self._step : self._step + 1], float("inf"))
-        self._step += 1
-        return scores
-
-
-@contextlib.contextmanager
-def plain_generation(model: PreTrainedModel) -> Iterator[None]:
-    """Greedy, without the end tokens, penalties and the like that the model's own generation_config asks for."""
-    kept = model.generation_config
-    model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        model.generation_config = kept
+        return timed_generation(self.model, self.meter, self._tokens.take(test.batch, test.length), test.prompt_tokens)
 
 
 def require_context(test: Test, context: int | None) -> None:
@@ -314,7 +232,7 @@ def require_context(test: Test, context: int | None) -> None:
 
 def measure(
     model: PreTrainedModel,
-    tokenizer: Tokenizer | None,
+    tokenizer: PreTrainedTokenizerBase | None,
     tests: Sequence[Test],
     repeats: int = 5,
     *,

@@ -21,7 +21,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 import moe_offload
 from moe_offload import bench_progress, terminal
 from moe_offload.bench_command import parse_counts
-from moe_offload.bench_model import ModelBench, Sample, Test, TestResult, measure
+from moe_offload.bench_generation import Sample
+from moe_offload.bench_model import ModelBench, Test, TestResult, measure
 from moe_offload.bench_progress import RunProgress
 from moe_offload.bench_resources import Limits, Meter, Traffic, disk_bytes
 from moe_offload.bench_table import Facts, written

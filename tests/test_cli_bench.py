@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from moe_offload import bench_model
-from moe_offload.bench_model import ModelBench, Sample, Test
+from moe_offload.bench_generation import Sample
+from moe_offload.bench_model import ModelBench, Test
 from moe_offload.cli import main
 from moe_offload.models.errors import MoeOffloadError
 from tests import cli_model
