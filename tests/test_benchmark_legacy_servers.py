@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from benchmarks.legacy_servers import __main__ as command
 from benchmarks.legacy_servers.bound import Bound, bound_of, fewest_misses, step_bound
-from benchmarks.legacy_servers.contestants import CONTESTANTS, NAMES, OURS, STATICS
+from benchmarks.legacy_servers.contestants import CONTESTANTS, KNOWING, NAMES, OURS, STATICS
 from benchmarks.legacy_servers.goals import goals_of
 from benchmarks.legacy_servers.journal import Journal, code_version, missing
 from benchmarks.legacy_servers.published import CONSTANTS, FIGURES, slots_of
@@ -229,6 +229,16 @@ def test_whole_layers_are_placed_from_the_last_on(choices: Choices) -> None:
     made = Contest(server, SMALL, layers, "never", choices, STEPS.seen, 40)
     there = [int((made.cache.slot_of(layer) >= 0).sum()) for layer in range(4)]
     assert there == [0, 0, 16, 16]
+
+
+def test_one_oracle_knows_the_next_call_alone(choices: Choices) -> None:
+    far = {}
+    for each in CONTESTANTS:
+        if each.name in KNOWING:
+            made = Contest(find_profile("p100"), SMALL, each, "never", choices, STEPS.seen, 24)
+            forecast = made.dispatcher.parts.forecast
+            far[each.name] = not np.array_equal(forecast.usual_presence(0, 4), forecast.presence(0, 4))
+    assert far == {"oracle-next": False, "oracle": True}
 
 
 def test_predictions_take_the_hosts_time(choices: Choices) -> None:

@@ -14,6 +14,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -148,6 +149,9 @@ def main(
     except KeyboardInterrupt:
         progress(f"interrupted: the same command goes on from what is done ({JOURNAL.name})")
         raise typer.Exit(130) from None
+    except BrokenProcessPool:
+        progress("a worker was killed, for want of memory perhaps: the same command goes on, --jobs 1 takes half of it")
+        raise typer.Exit(1) from None
     goals = goals_of(outcomes)
     _show(outcomes)
     for line in goals.lines():

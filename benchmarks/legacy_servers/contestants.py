@@ -8,6 +8,7 @@ with copies ahead and without; its figure is the faster one: there our gate sett
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from benchmarks.servers.simulation import FORESEEN
 from moe_offload.scheduling.policies import POLICIES, Policy
 
 Ahead = Literal["never", "usual", "recall", "perfect"]
@@ -22,7 +23,7 @@ PREDICTION = 60e-6, 4e-6
 @dataclass(frozen=True, slots=True)
 class Contestant:
     """label: for people. runs: ways it looks ahead; the fastest counts. recall: of its predictions for the next layer.
-    whole_layers: its static placement is of layers.
+    whole_layers: its static placement is of layers. foreseen: steps that an oracle knows.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Contestant:
     runs: tuple[Ahead, ...] = ("never",)
     recall: float = 0.0
     whole_layers: bool = False
+    foreseen: int = FORESEEN
 
 
 _LAYERSCOPE = replace(POLICIES["tokens"], name="layerscope", eviction="score", prefetch=True)
@@ -47,9 +49,17 @@ CONTESTANTS = (
     Contestant("ours-never", "ours, nothing ahead", POLICIES["ours"]),
     Contestant("ours-popularity", "ours, popularity", POLICIES["ours"], ("never", "usual")),
     Contestant("ours-predictor", "ours, predictor", POLICIES["ours"], ("never", "recall"), recall=LEARNED),
+    Contestant(
+        "oracle-next",
+        "ours, next call of each layer known",
+        replace(POLICIES["oracle"], name="oracle-next"),
+        ("never", "perfect"),
+        foreseen=1,
+    ),
     Contestant("oracle", "ours, next 8 steps known", POLICIES["oracle"], ("never", "perfect")),
 )
 NAMES = tuple(each.name for each in CONTESTANTS)
 ORACLE, HYBRIMOE = "oracle", "hybrimoe"
+KNOWING = (ORACLE, "oracle-next")
 OURS = ("ours-never", "ours-popularity", "ours-predictor")
 STATICS = ("static", "static-offload32", "n-cpu-moe", "fiddler")  # whose placement never changes

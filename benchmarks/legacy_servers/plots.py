@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.legacy_servers.contestants import NAMES, ORACLE
+from benchmarks.legacy_servers.contestants import KNOWING, NAMES, ORACLE
 from benchmarks.legacy_servers.goals import in_paper, oracle
 from benchmarks.legacy_servers.simulated import Outcome
 
@@ -42,7 +42,7 @@ def paper_setting(outcomes: Sequence[Outcome], pyplot: Any) -> Any:
 
 def oracle_shares(outcomes: Sequence[Outcome], pyplot: Any) -> Any:
     """The spread of each policy's share of the oracle over all cells."""
-    names = [name for name in NAMES if name != ORACLE]
+    names = [name for name in NAMES if name not in KNOWING]
     figure, panel = pyplot.subplots(figsize=(6.4, 3.6))
     shares = [[100 * outcome.speeds[name] / oracle(outcome) for outcome in outcomes] for name in names]
     panel.boxplot(shares, orientation="horizontal", whis=(0, 100), widths=0.6)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, geometric_mean
 
-from benchmarks.legacy_servers.contestants import CONTESTANTS, HYBRIMOE, NAMES, ORACLE
+from benchmarks.legacy_servers.contestants import CONTESTANTS, HYBRIMOE, KNOWING, NAMES
 from benchmarks.legacy_servers.goals import Goals, best_static, in_paper, oracle, ours
 from benchmarks.legacy_servers.published import GAIN_OVER_HYBRIMOE
 from benchmarks.legacy_servers.simulated import Outcome
@@ -68,7 +68,7 @@ def average_section(outcomes: Sequence[Outcome]) -> str:
         first = sum(outcome.speeds[each.name] >= 0.99 * fastest(outcome) for outcome in outcomes)
         rows.append(
             [each.label, f"{fmean(of_oracle):.1%}", f"{min(of_oracle):.1%}", f"{fmean(of_bound):.1%}",
-             "" if each.name == ORACLE else f"{first} of {len(outcomes)}"]
+             "" if each.name in KNOWING else f"{first} of {len(outcomes)}"]
         )  # fmt: skip
     head = ("policy", "of the oracle, mean", "least", "of the physical bound, mean", "within 1 % of the fastest")
     return "\n\n".join([f"## All {len(outcomes)} cells", table(head, rows)])
@@ -76,7 +76,7 @@ def average_section(outcomes: Sequence[Outcome]) -> str:
 
 def fastest(outcome: Outcome) -> float:
     """Of those that do not know what is to come."""
-    return max(speed for name, speed in outcome.speeds.items() if name != ORACLE)
+    return max(speed for name, speed in outcome.speeds.items() if name not in KNOWING)
 
 
 def cell_section(outcomes: Sequence[Outcome]) -> str:

@@ -40,7 +40,7 @@ class Contest(Simulation):
             self.dispatcher.prefetcher.gate = Fixed(is_open=ahead != "never")
 
     def _forecast(self, foreseen: int) -> Forecast:
-        usual = super()._forecast(foreseen)
+        usual = super()._forecast(self._contestant.foreseen)
         if self._ahead != "recall":
             return usual
         self._predicted = PredictedUse(usual, self.shape.layers)
