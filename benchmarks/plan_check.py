@@ -131,6 +131,7 @@ def main(
             progress(f"{name}, {weights}")
             cell = check_cell(name, checkpoint, weights, 1 if smoke else rounds, 8 if smoke else NEW_TOKENS, work_dir)
             cells.append(cell)
+            progress(f"{name}, {weights}: {cell['error']:+.0%}")
             table.add_row(
                 name, weights, f"{cell['predicted_tokens_per_s']:.1f}", f"{cell['measured_tokens_per_s']:.1f}",
                 f"{cell['error']:+.0%}",

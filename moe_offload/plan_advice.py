@@ -15,6 +15,8 @@ from moe_offload.plan_placement import Budgets, Placement
 from moe_offload.plan_sizes import PlannedModel
 
 _STEP = 256  # positions
+_LARGE = 1.0  # of changes, twice or half of something: two may be smaller
+_MOST = 5  # that are said
 _GB = 10**9
 _SMALL = 10**7  # bytes: where less is lacking, whole gigabytes would hide it
 
@@ -40,7 +42,20 @@ def say_what_lacks(placement: Placement, wish: Wish) -> str:
 
 
 def changes_that_fit(model: PlannedModel, wish: Wish) -> tuple[str, ...]:
-    """Sentences, the smallest change first; empty where no single one is enough."""
+    """Sentences, the smallest change first. Where none but a larger machine is enough, with narrower experts too."""
+    found = _single_changes(model, wish)
+    if not found or min(ratio for ratio, _ in found) > _LARGE:
+        for name in _narrower(model, wish.weights):
+            ratio = log2(BITS_PER_WEIGHT[wish.weights] / BITS_PER_WEIGHT[name])
+            others = _single_changes(model, replace(wish, weights=name))
+            found += [
+                (ratio + other, f"--weights {name} and {text}") for other, text in others if "--weights" not in text
+            ]
+    return tuple(text for _, text in sorted(found)[:_MOST])
+
+
+def _single_changes(model: PlannedModel, wish: Wish) -> list[tuple[float, str]]:
+    """How large each is, and what it is."""
 
     def fits(other: Wish) -> bool:
         return judge(model.sizes(other.weights), other) == "fits"
@@ -67,7 +82,7 @@ def changes_that_fit(model: PlannedModel, wish: Wish) -> tuple[str, ...]:
             found.append((log2((gpu + card) / gpu), f"a card with {_amount(card)} more for the model"))
         if fits(replace(wish, budgets=Budgets(0, ram))):
             found.append((4.0, "the CPU alone"))
-    return tuple(text for _, text in sorted(found))
+    return found
 
 
 def _narrower(model: PlannedModel, weights: str) -> tuple[str, ...]:
