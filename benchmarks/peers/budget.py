@@ -126,7 +126,9 @@ def _open_all(
                 options = {"file": file, "threads": threads, "repack": False}
             worker.call("open", **options)
         except MissingError as error:
-            found.missing[str(row)][engine] = str(error)
+            for each in rows:
+                if row in (each.name, None):
+                    found.missing[each.name][engine] = str(error)
             continue
         yield _Runner(row, engine, worker, group)
 
