@@ -101,7 +101,8 @@ def windows(tokens: int, smoke: bool) -> list[torch.Tensor]:
     if smoke:
         documents, tokens = documents[:2], 512
     stream = torch.from_numpy(encode_all(tokenizer, (BOS + each.text + EOS for each in documents))).long()[:tokens]
-    return [part[None] for part in stream.split(256 if smoke else WINDOW) if len(part) > 1]
+    parts: tuple[torch.Tensor, ...] = stream.split(256 if smoke else WINDOW)  # type: ignore[no-untyped-call]
+    return [part[None] for part in parts if len(part) > 1]
 
 
 def score(sequences: list[torch.Tensor], quick: bool) -> dict[str, Verified]:

@@ -46,7 +46,7 @@ SMALL = Shape("small", 4, 16, 2, ExpertRecord(2048, 768, "int4"), 4 * 10_000_000
 STEPS = Steps(6, 2, 3)
 CELL = Cell("p100", "Qwen3-30B-A3B", "int4", 4, 24, STEPS)  # its names stand for SMALL where a shape is given
 # A millisecond for each row on the CPU, 3 for a copy, 1 for any expert on the card.
-COSTS = LayerCosts(np.arange(65) * 1e-3, np.r_[0.0, np.full(64, 1e-3)], 3e-3)
+COSTS = LayerCosts(np.arange(65, dtype=np.float64) * 1e-3, np.r_[0.0, np.full(64, 1e-3)], 3e-3)
 
 
 @pytest.fixture(scope="module")
@@ -289,7 +289,8 @@ def test_an_interrupted_run_goes_on_and_gives_the_same(tmp_path: Path, monkeypat
         return planted(cell, static=1.0 + cell.batch / 7)
 
     monkeypatch.setattr(command, "outcome", simulated)
-    path, said = tmp_path / "below" / "journal.jsonl", []
+    path = tmp_path / "below" / "journal.jsonl"
+    said: list[str] = []
     with pytest.raises(KeyboardInterrupt):
         command.simulate(wanted, Journal(path, "v"), 1, said.append)
     with path.open("ab") as file:

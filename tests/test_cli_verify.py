@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from moe_offload import verify_command
 from moe_offload.cli import main
 from moe_offload.layer_stream import LayerStream
+from moe_offload.verify_reference import load_reference
 from tests import cli_model
 
 Run = Callable[..., tuple[int, str, str]]
@@ -86,7 +87,7 @@ def test_fewer_bits_cost_what_is_said(run: Run, folder: Path, prompts: Path) -> 
 def test_a_bound_that_is_exceeded(run: Run, folder: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine's model is another one, which the reference knows nothing of."""
     other = cli_model.make_folder(prompts.parent / "other", seed=7, **SIZES)
-    load = verify_command.load_reference
+    load = load_reference
     monkeypatch.setattr(verify_command, "load_reference", lambda _, **options: load(other, **options))
     flags = ("--prompts", prompts, "--device", "cpu", "--tokens", 64, "--sequence-tokens", 64)
     code, out, err = run(folder, *flags, "--max-perplexity-change", 1000000, "--min-top1", 90)

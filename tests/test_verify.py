@@ -38,6 +38,11 @@ _ARCHITECTURES = (
 SEQUENCES = [tiny_models.token_ids(1, 12, 0), tiny_models.token_ids(1, 7, 1), tiny_models.token_ids(2, 12, 2)]
 
 
+def _any(layers: Any) -> Any:
+    """For what only these architectures' layers have."""
+    return layers
+
+
 def plain_logits(folder: Path, **options: Any) -> list[torch.Tensor]:
     config = read_config(folder)
     kind = model_class(config)
@@ -149,7 +154,7 @@ class Watched:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         filled = {
             path
-            for path, layer in self.reference.layers.items()
+            for path, layer in _any(self.reference.layers).items()
             if layer.mlp.experts.down_proj is not None or layer.self_attn.q_proj.weight is not None
         }
         assert filled == {self.path}
@@ -172,7 +177,7 @@ def test_what_is_interrupted_leaves_nothing(checkpoint: Checkpoints, monkeypatch
         stream.run(SEQUENCES, interrupted)
     assert not forwards()
     assert not any("forward" in module.__dict__ for module in reference.model.modules())
-    assert all(layer.mlp.experts.down_proj is None for layer in reference.layers.values())
+    assert all(layer.mlp.experts.down_proj is None for layer in _any(reference.layers).values())
     for found, expected in zip(streamed_logits(reference), plain_logits(checkpoint("qwen3_moe")), strict=True):
         assert torch.equal(found, expected)  # and it can be run again
 
