@@ -124,6 +124,7 @@ def _open_all(
             if engine == LLAMA:
                 file = worker.call("make_file", folder=str(folder), threads=threads, **options)
                 options = {"file": file, "threads": threads, "repack": False}
+            evict(folder.parent)  # what is cached already counts for nobody, and stays once this engine has mapped it
             worker.call("open", **options)
         except MissingError as error:
             for each in rows:
