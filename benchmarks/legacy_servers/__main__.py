@@ -10,7 +10,6 @@ cells only prints. Everything is simulated, all routing synthetic.
 """
 
 import multiprocessing
-import signal
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -30,6 +29,7 @@ from benchmarks.legacy_servers.report import REPORT, generated, put_between_mark
 from benchmarks.legacy_servers.settings import MODELS, PAPER_SERVER, SMOKE_STEPS, WEIGHTS, Cell, cells
 from benchmarks.legacy_servers.simulated import Outcome, outcome
 from benchmarks.legacy_servers.validation import STEPS, UNKNOWN, Check, describe, validate
+from benchmarks.legacy_servers.worker import end_at_once
 from benchmarks.reporting import RESULTS, progress, wide_console, write_result
 from benchmarks.servers.simulation import CONTEXT, WORKSPACE
 from moe_offload.transfer.server_profile import PROFILES
@@ -58,7 +58,7 @@ def simulate(wanted: list[Cell], journal: Journal, jobs: int, say: Report = prog
             note(outcome(cell))
     else:
         # not fork: compiled code's threads do not survive it
-        with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=_end_at_once) as pool:
+        with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=end_at_once) as pool:
             futures = [pool.submit(outcome, cell) for cell in left]
             try:
                 for future in as_completed(futures):
@@ -67,11 +67,6 @@ def simulate(wanted: list[Cell], journal: Journal, jobs: int, say: Report = prog
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
     return [done[cell.key] for cell in wanted]
-
-
-def _end_at_once() -> None:
-    """In a worker, at Ctrl-C: without a word."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def result_of(checks: Sequence[Check], outcomes: Sequence[Outcome], goals: Goals) -> dict[str, object]:
