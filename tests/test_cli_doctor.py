@@ -216,6 +216,7 @@ def test_quick_measures_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert main(["doctor", "--quick", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)["machine"]
     assert said["cpu"]["read_rate"] is None and said["disks"][0]["read_rate"] is None
+    assert said["cpu"]["read_error"] is None and said["disks"][0]["read_error"] is None
     assert said["memory"]["total"] > 0 and said["software"]["torch_threads"] >= 1
 
 

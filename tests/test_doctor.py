@@ -358,7 +358,7 @@ choices = st.sampled_from([None, DeviceChoice("cpu"), DeviceChoice("cuda", 0), D
 
 
 @given(machines, choices)
-@settings(deadline=None, max_examples=400)
+@settings(deadline=None, max_examples=150)
 def test_judgement_never_raises(facts: MachineFacts, choice: DeviceChoice | None) -> None:
     verdict = judge(facts, choice)
     for index in verdict.usable:

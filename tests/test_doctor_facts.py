@@ -64,6 +64,9 @@ def test_limits_of_groups_around_the_own_one(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert memory_of(root) == Memory(2 * GIB, 0)  # more is used than allowed: just lowered
     assert str(detect_main_memory(root).limited_by).endswith("user.slice/memory.max")
+    write(tmp_path, {f"{job}/memory.high": GIB + 5})
+    assert memory_of(root) == Memory(GIB + 5, 0)
+    assert str(detect_main_memory(root).limited_by).endswith("job/memory.high")
 
 
 def test_version_1_in_a_container_that_does_not_see_its_own_folder(tmp_path: Path) -> None:
