@@ -85,7 +85,8 @@ def check_cell(
     """Predict and measure by turns."""
     sizes = PlannedModel(checkpoint).sizes(weights)
     loaded: Any = moe_offload.load(checkpoint, weights=weights, device="cpu", pack_dir=work / "packs")
-    predictions, parts, steps = [], {}, []
+    predictions, steps = [], []
+    parts: dict[str, float] = {}
     try:
         threads = loaded.offload.threads
         test = Test(PROMPT_TOKENS, new_tokens)

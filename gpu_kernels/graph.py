@@ -38,7 +38,7 @@ class GraphedLayer:
         weights: torch.Tensor,
         capture: Capture = capture_cuda,
     ) -> None:
-        self._inputs = tuple(each.clone() for each in (hidden, index, weights))
+        self._inputs = hidden.clone(), index.clone(), weights.clone()
         self._out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
         self._replay = capture(lambda: function(*self._inputs, self._out))
 

@@ -124,7 +124,7 @@ def best_tier(features: set[str]) -> str:
 def host_features() -> set[str]:
     """What the CPU has and the system allows, whatever the environment holds the compiler to."""
     try:
-        known = llvmlite.binding.get_host_cpu_features()
+        known = llvmlite.binding.get_host_cpu_features()  # type: ignore[no-untyped-call]
         return {name for name, there in known.items() if there}
     except Exception:
         return set()

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -82,11 +83,11 @@ def hub_folder() -> Path:
 
 def _look(place: Path, device: int, root: Path) -> DiskFacts:
     filesystem, source = mount_of(place, root / "proc/self/mountinfo")
-    try:
+    total: int | None = None
+    free: int | None = None
+    with suppress(OSError):
         usage = shutil.disk_usage(place)
         total, free = usage.total, usage.free
-    except OSError:
-        total = free = None
     block = (root / f"sys/dev/block/{os.major(device)}:{os.minor(device)}").resolve()
     return DiskFacts((), filesystem, source, total, free, True, _rotates(block))
 

@@ -1,6 +1,6 @@
 """Judgement of `moe-offload doctor` on main memory: who takes it, who limits it, and how it is mapped."""
 
-from moe_offload.doctor_findings import Finding
+from moe_offload.doctor_findings import Finding, Severity
 from moe_offload.doctor_memory_facts import MemoryFacts
 from moe_offload.memory import format_bytes
 
@@ -26,7 +26,7 @@ def _limit(memory: MemoryFacts) -> Finding | None:
         f"limit in {memory.limited_by}; pages of mapped weights count, too"
     )
     help_ = "raise it where the container or the job is started (docker run --memory, systemd MemoryMax, Slurm --mem)"
-    severity = "advice" if memory.total < _SMALL * memory.machine else "note"
+    severity: Severity = "advice" if memory.total < _SMALL * memory.machine else "note"
     return Finding(severity, text, instruction=help_, section="memory")
 
 

@@ -90,7 +90,8 @@ class _Bench:
         inner = group.inner if nbytes <= _MOST_BYTES else max(group.inner * _MOST_BYTES // nbytes // 64 * 64, 64)
         self.scale = group.inner / inner
         self.kernel: ExpertKernel | PackedExpertKernel = self.format.kernel(group.hidden, inner)
-        self._inner, self._cold, self._next = inner, None, 0
+        self._inner, self._next = inner, 0
+        self._cold: ColdExperts | None = None
         self.times: dict[int, list[float]] = {rows: [] for rows in ROWS}
 
     def fill(self) -> None:

@@ -32,7 +32,10 @@ class Took(NamedTuple):
 class HostRates(Protocol):
     """The CPU's side of a prediction."""
 
-    read_gbs: float
+    @property
+    def read_gbs(self) -> float:
+        """What memory gives at most."""
+        ...
 
     def experts(self, group: ExpertLayers, active: float, rows: float) -> Took:
         """One layer's job: so many experts with so many tokens each."""
@@ -70,8 +73,8 @@ class ProfileHost:
         profile = self.profile
         for table in profile.expert_tables:
             if table.describes(group.nbytes, group.flops_per_row):
-                one, each = _at(table.seconds, 1.0), _at(table.seconds, rows)
-                return Took(profile.host_job_seconds + active * each, MEMORY if each < 2 * one else COMPUTE)
+                one, some = _at(table.seconds, 1.0), _at(table.seconds, rows)
+                return Took(profile.host_job_seconds + active * some, MEMORY if some < 2 * one else COMPUTE)
         read, multiply = group.nbytes / (profile.host_read_gbs * 1e9), rows * group.flops_per_row / profile.host_flops
         each = larger(read, multiply)
         return Took(profile.host_job_seconds + active * (profile.host_expert_seconds + each.seconds), each.resource)

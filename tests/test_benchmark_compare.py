@@ -114,7 +114,7 @@ def test_simulated_figures_have_no_noise() -> None:
     old, new = ({"simulated": {"tokens_per_s": each}} for each in (100.0, 98.0))
     assert verdict(old, new) == "worse"
     rows = [{"rows": {"simulated": True, "tokens_per_s": each}} for each in (100, 98)]
-    assert verdict(*rows) == "worse"
+    assert verdict(rows[0], rows[1]) == "worse"
     assert verdict(old["simulated"], new["simulated"]) == "same"
 
 

@@ -19,6 +19,7 @@ from benchmarks.growth.fits import MEASURED, fit, fits, points
 from benchmarks.growth.measure import measure
 from benchmarks.growth.plots import PICTURES, draw
 from benchmarks.growth.report import report
+from benchmarks.reporting import write_result
 from benchmarks.servers.routing import generate
 from benchmarks.servers.simulation import Steps
 from moe_offload.scheduling.memory_share import MemoryShare
@@ -107,7 +108,7 @@ def test_the_command_writes_result_report_and_plots(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(command, "BASE", SMOKE_BASE)
     monkeypatch.setattr(command, "STEPS", STEPS)
     monkeypatch.setattr(command, "DOCS", tmp_path)
-    write = command.write_result
+    write = write_result
     monkeypatch.setattr(command, "write_result", lambda name, result: write(name, result, tmp_path))
     app = Typer()
     app.command()(command.main)

@@ -158,9 +158,9 @@ class Process(Made):
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Groups and processes that are made up."""
-    for name, value in (("made", []), ("full", set())):
+    for name, value in dict[str, Any](made=[], full=set()).items():
         monkeypatch.setattr(Group, name, value)
-    for name, value in (("opened", []), ("missing", False), ("killed", "")):
+    for name, value in dict[str, Any](opened=[], missing=False, killed="").items():
         monkeypatch.setattr(Process, name, value)
     monkeypatch.setattr(budget_test, "ControlGroup", Group)
     monkeypatch.setattr(budget_test, "Worker", Process)

@@ -10,6 +10,7 @@ import torch
 
 from moe_offload import plan_calibration, plan_command, plan_program
 from moe_offload.cli import main
+from moe_offload.model_folder import DEMO_FOLDER
 from moe_offload.plan_calibration import host_rates
 from moe_offload.plan_program import ProgramTimes
 from moe_offload.plan_rates import Curve, MeasuredHost, kind_of
@@ -177,7 +178,7 @@ def test_rates_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(plan_calibration, "_READ_MIB", 16)
     monkeypatch.setattr(plan_calibration, "_TORCH", (64, 64))
     monkeypatch.setattr(plan_calibration, "measure_program", lambda threads, report: ProgramTimes(1e-3, 1e-5, 1e-5))
-    sizes = PlannedModel(plan_program.DEMO_FOLDER).sizes("bf16")
+    sizes = PlannedModel(DEMO_FOLDER).sizes("bf16")
     first = host_rates(sizes, 1, folder=tmp_path)
     assert set(first.curves) == {"bf16 256x64"} and first.threads == 1 and first.step == 1e-3
     (curve,) = first.curves.values()

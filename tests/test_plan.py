@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -46,7 +47,7 @@ def server_of(profile: ServerProfile, gpu: int, ram: int) -> PlanServer:
 
 def round_server(**changes: float) -> ServerProfile:
     """100 GB/s on the card, 10 over the link, 50 on the host; nothing starts in any time."""
-    plain = dict(
+    plain: dict[str, Any] = dict(
         memory_gbs=100.0, flops=1e15, link_gbs=10.0, link_latency=0.0, kernel_seconds=0.0, launch_seconds=0.0,
         wait_seconds=0.0, host_read_gbs=50.0, host_flops=1e15, host_expert_seconds=0.0, host_job_seconds=0.0,
     )  # fmt: skip

@@ -19,6 +19,7 @@ simulated. From data sheet to rate:
 
 import difflib
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -280,7 +281,9 @@ def find_server(name: str) -> ServerProfile:
         return profile
     saved = saved_names()
     if name in saved:
-        return read_profile(name)
+        found: Any = read_profile(name)  # a type that mypy knows by another name here
+        server: ServerProfile = found
+        return server
     known = [*PROFILES, *saved]
     close = difflib.get_close_matches(name, known, 3, 0.5)
     hint = f" (did you mean {' or '.join(close)}?)" if close else ""

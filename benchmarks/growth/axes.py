@@ -5,6 +5,7 @@ The model has experts of Qwen3-30B-A3B's size in int4 and its attention, and 4 e
 few as 8 of them.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from benchmarks.servers.shapes import Shape
@@ -45,7 +46,7 @@ SMOKE_BASE = Cell(16, 4, 2, 1024)
 SMOKE_AXES = {"experts": (8, 32), "layers": (2, 8), "batch": (1, 8), "context": (1024, 131072)}
 
 
-def along(axis: str, base: Cell, axes: dict[str, tuple[int, ...]]) -> tuple[Cell, ...]:
+def along(axis: str, base: Cell, axes: Mapping[str, tuple[int, ...]]) -> tuple[Cell, ...]:
     """The cells of an axis."""
     if axis not in axes:
         raise ValueError(f"nothing grows along {axis!r}: choose one of {', '.join(axes)}")

@@ -45,4 +45,5 @@ def name(chosen: NDArray[np.int64], experts: int, recall: float, random: np.rand
     np.put_along_axis(order, chosen, 2.0, axis=1)
     ranks = order.argsort(axis=1).argsort(axis=1)
     missing = top_k - kept.sum(axis=1, keepdims=True)
-    return named | ((ranks < missing) & (order < 1.0))
+    wrong: NDArray[np.bool_] = (ranks < missing) & (order < 1.0)
+    return named | wrong

@@ -108,7 +108,9 @@ def cells(servers: Sequence[str], models: Sequence[str], weights: Sequence[str],
             for dtype, shape in _models()[model].items():
                 if dtype not in weights or not (paper or dtype in ("int4", "mxfp4")):
                     continue
-                batches = (PAPER_BATCHES if dtype == PAPER_WEIGHTS else BATCHES) if paper else OTHER_BATCHES
+                batches: tuple[int, ...] = (
+                    (PAPER_BATCHES if dtype == PAPER_WEIGHTS else BATCHES) if paper else OTHER_BATCHES
+                )
                 if quick:
                     batches = (4, 64) if paper else (16,)
                 for batch in batches:
