@@ -22,8 +22,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(given: list[str]) -> int:
-    from moe_offload import terminal
-    from moe_offload.commands import app
+    from moe_offload import commands, measuring_commands, terminal
+    from moe_offload.app import app
+
+    assert commands.app is measuring_commands.app is app  # importing them has added their commands to it
 
     verbose = "--verbose" in given
     try:

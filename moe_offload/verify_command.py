@@ -20,8 +20,8 @@ from moe_offload.layer_stream import LayerStream
 from moe_offload.models.errors import OptionError
 from moe_offload.opening import DTYPES, OpenedModel
 from moe_offload.progress import Activity
+from moe_offload.prompt_file import PromptFile, read_sequences
 from moe_offload.prompts import max_context
-from moe_offload.trace_command import TraceWishes, read_sequences
 from moe_offload.verify_metrics import Agreement
 from moe_offload.verify_model import Verified, compare
 from moe_offload.verify_reference import load_reference
@@ -133,9 +133,8 @@ def _read_text(opened: OpenedModel, wishes: VerifyWishes) -> tuple[list[torch.Te
     size = wishes.sequence_tokens or min(
         _SEQUENCE_TOKENS, max_context(opened.config) or _SEQUENCE_TOKENS, wishes.tokens
     )
-    # the trace's file is never made
-    asked = TraceWishes(path, Path("unused"), sequence_tokens=size, max_tokens=wishes.tokens)
-    sequences = [torch.tensor([ids]) for ids in read_sequences(opened, asked) if len(ids) > 1]
+    wanted = PromptFile(path, size, max_tokens=wishes.tokens)
+    sequences = [torch.tensor([ids]) for ids in read_sequences(opened, wanted) if len(ids) > 1]
     if not sequences:
         raise OptionError(f"{path} has no prompt of two tokens: there is no next token to predict")
     return sequences, name
