@@ -17,7 +17,7 @@ MORE = frozenset(
     """
     tokens_per_s tokens_per_s_with_prefill gop_per_s recall recall_f32 recall_int8 precision gain
     settled_gain lead least_lead ratio_to ratios share_of_limit percent_of_limit percent_of_read_limit shares saved
-    overlap guarded alone equal_tokens greedy_equal least_times_ours_many_experts mean_times_ours_many_experts
+    overlap guarded alone top1 equal_tokens greedy_equal least_times_ours_many_experts mean_times_ours_many_experts
     """.split()
 )
 LESS = frozenset(
@@ -25,7 +25,7 @@ LESS = frozenset(
     seconds first_token load load_time_ratio seconds_per_token us ms us_spread ms_per_step planning_us
     learn_us_per_layer kernels anon file peak_bytes memory_per_source scheduler_bytes loss perplexity percent
     error_of_activations brier calibration_error mean_difference mean_gap worst_gap mean_gap_with_prefetch
-    worst_gap_with_prefetch share_of_experts
+    worst_gap_with_prefetch share_of_experts divergence max_divergence mean_error max_error
     """.split()
 )
 MORE_ENDINGS = ("_per_s", "_per_second")

@@ -25,7 +25,7 @@ def _run(given: list[str]) -> int:
     from moe_offload import commands, measuring_commands, terminal
     from moe_offload.app import app
 
-    assert commands.app is measuring_commands.app is app  # importing them has added their commands to it
+    assert commands and measuring_commands  # importing them has added their commands to app
 
     verbose = "--verbose" in given
     try:
