@@ -1,4 +1,4 @@
-"""All tests of this folder that run kernels on the CPU, once more with every load and store looked at."""
+"""Every kernel on the CPU once more, with every load and store looked at."""
 
 import os
 import re
@@ -13,11 +13,13 @@ from tests.gpu_kernels.host_kernels import SANITIZE, needs_compiler, preloaded_s
 pytestmark = needs_compiler
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-# test_host_kernels plants faults and has its own sanitized part
-FILES = sorted(
-    path.name
-    for path in HERE.glob("test_*.py")
-    if path.name not in (Path(__file__).name, "test_host_kernels.py") and "HostKernels" in path.read_text()
+# Every kernel with every set of macros, and shapes that are odd: what else the tests of this folder do touches the same
+# memory in the same way, and compiling for it once more would take minutes.
+CHOSEN = (
+    "test_kernels_gpu.py::test_on_the_host",
+    "test_fused_kernels.py::test_any_shape",
+    "test_fused_kernels.py::test_a_table_of_slots_is_read_when_the_kernel_runs",
+    "test_attention_kernels.py::test_whatever_is_asked_for",
 )
 
 PLANTED = '''
@@ -48,12 +50,11 @@ def sanitized(*arguments: str, checks: str = "address,alignment,bounds") -> subp
 @pytest.mark.slow
 def test_kernels_touch_no_bytes_but_their_own() -> None:
     """In one process: loading torch and transformers takes the longest."""
-    assert len(FILES) >= 4
-    done = sanitized("-m", "not slow and not gpu", *(str(HERE / name) for name in FILES))
+    done = sanitized("-m", "not slow and not gpu", *(str(HERE / name) for name in CHOSEN))
     said = done.stdout[-4000:] + done.stderr[-8000:]
     assert done.returncode == 0, said
     passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed is not None and int(passed[1]) >= 10, said
+    assert passed is not None and int(passed[1]) >= 90, said
 
 
 def test_a_planted_fault_fails_it(tmp_path: Path) -> None:
