@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_offload.scheduling.calibration import POINTS, calibrate, fit_link
-from moe_offload.scheduling.cost_cache import cached_costs, machine_key
+from moe_offload.scheduling.cost_cache import VERSION, cached_costs, machine_key
 from moe_offload.scheduling.cost_model import CostModel
 from moe_offload.transfer.accelerator import Accelerator, OutOfDeviceMemoryError, Work
 from moe_offload.transfer.server_profile import PROFILES, ServerProfile, find_profile
@@ -193,7 +193,7 @@ def test_costs_are_measured_once(tmp_path: Path) -> None:
         lambda text: b"\xff" + text,
         lambda text: b"[" * 100_000,
         lambda text: b"null",
-        lambda text: text.replace(b'"version": 1', b'"version": 2'),
+        lambda text: text.replace(b'"version": %d' % VERSION, b'"version": %d' % (VERSION + 1)),
         lambda text: text.replace(b"Xeon", b"Zion"),
         lambda text: text.replace(b"1e-05", b"-1e-05"),
     ],
