@@ -46,7 +46,7 @@ class Copies:
         self._slots[key] = slot
         size = self._parts.record_bytes[layer]
         return Transfer(
-            key, record, self._parts.slots.buffer(slot).part(0, size), self._parts.slots.last_read(slot)
+            key, record, self._parts.slots.part(slot, size), self._parts.slots.last_read(slot)
         )  # fmt: skip
 
     def _hold(self, layer: int, expert: int) -> Buffer:

@@ -149,7 +149,7 @@ class DeviceSide:
             accelerator.reserve(self._dense_bytes, "non-expert weights")
             self._tensors = LayerTensors(
                 accelerator,
-                lambda slot: self.slots.buffer(slot),
+                lambda slot, nbytes: self.slots.part(slot, nbytes),
                 self._scratch_bytes,
                 self._workspace_bytes,
                 hidden,

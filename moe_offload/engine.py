@@ -16,12 +16,11 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 from transformers import PreTrainedModel
 
 from moe_offload import decode_model
@@ -29,7 +28,6 @@ from moe_offload.cpu_kernels.grouping import group_tokens
 from moe_offload.cpu_kernels.matrices import Matrix, MatrixKernel
 from moe_offload.cpu_kernels.processors import default_threads
 from moe_offload.cpu_kernels.team import Team
-from moe_offload.cpu_layer import CpuLayer, PackedLayer
 from moe_offload.cpu_setup import make_layers, make_packed_layers, make_team
 from moe_offload.decode_layer import DecodeLayer
 from moe_offload.dense import DenseLinears, pack_dense
@@ -37,6 +35,7 @@ from moe_offload.device_choice import SETUP_ERRORS, give_up_device
 from moe_offload.device_side import DeviceSide, device_layers
 from moe_offload.device_stats import DeviceStats
 from moe_offload.guarded_forward import GuardedForward
+from moe_offload.layer_call import LayerCall, LayerHandle, NoBackward
 from moe_offload.memory import require_memory
 from moe_offload.models.errors import OptionError
 from moe_offload.models.experts_function import attach_handle, detach_handle
@@ -51,17 +50,6 @@ from moe_offload.transfer.accelerator import Accelerator
 from moe_offload.transfer.expert_pack import ExpertPack
 
 logger = logging.getLogger(__name__)
-
-
-class LayerCall(NamedTuple):
-    """One MoE layer's work, as transformers gives it: T tokens of width H, each routed to K experts."""
-
-    layer: CpuLayer | PackedLayer
-    number: int  # among the MoE layers
-    module: nn.Module
-    hidden_states: torch.Tensor  # [T, H]
-    top_k_index: torch.Tensor  # [T, K] int64
-    top_k_weights: torch.Tensor  # [T, K]
 
 
 class Engine:
@@ -94,7 +82,7 @@ class Engine:
             self._layers = make_packed_layers(skeleton, pack, options, self._team, progress)
         self._device = self._make_device(accelerator, progress)
         for index, (path, layer) in enumerate(self._layers.items()):
-            attach_handle(model.get_submodule(path), _LayerHandle(self, layer, index))
+            attach_handle(model.get_submodule(path), LayerHandle(self, layer, index))
         self._dense = self._pack_dense(progress)
         if self._device is not None and not self._attach_device(self._device):
             self._dense = self._dense or self._pack_dense(progress)  # on the CPU they are packed
@@ -204,9 +192,9 @@ class Engine:
         """The routed experts of one layer: [T, H] in, [T, H] out, in the input's dtype and on its device."""
         with self.in_flight():
             if call.hidden_states.requires_grad and torch.is_grad_enabled():
-                result: torch.Tensor = _NoBackward.apply(call.hidden_states, self, call)  # type: ignore[no-untyped-call]
+                result: torch.Tensor = NoBackward.apply(call.hidden_states, self, call)  # type: ignore[no-untyped-call]
                 return result
-            return self._run(call)
+            return self.run_forward(call)
 
     def multiply(
         self,
@@ -236,7 +224,8 @@ class Engine:
         if self._closed:
             raise RuntimeError("this model's engine was closed; load the model again")
 
-    def _run(self, call: LayerCall) -> torch.Tensor:
+    def run_forward(self, call: LayerCall) -> torch.Tensor:
+        """As `run`, without its guards."""
         started = time.perf_counter()
         layer = call.layer
         side = self._device
@@ -363,48 +352,3 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-class _LayerHandle:
-    """Ties an experts module to the engine."""
-
-    __slots__ = ("engine", "index", "layer")
-
-    def __init__(self, engine: Engine, layer: CpuLayer | PackedLayer, index: int) -> None:
-        self.engine = engine
-        self.layer = layer
-        self.index = index
-
-    def __call__(
-        self,
-        module: nn.Module,
-        hidden_states: torch.Tensor,
-        top_k_index: torch.Tensor,
-        top_k_weights: torch.Tensor,
-    ) -> torch.Tensor:
-        return self.engine.run(LayerCall(self.layer, self.index, module, hidden_states, top_k_index, top_k_weights))
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_LayerHandle":
-        return self
-
-    def __reduce__(self) -> Any:
-        raise TypeError(
-            "a model loaded by moe_offload cannot be pickled: its experts are mapped files; "
-            "load it again in the other process"
-        )
-
-
-class _NoBackward(torch.autograd.Function):
-    """The experts inside a graph that records gradients: forward as usual, backward refused instead of silently
-    wrong.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, hidden_states: torch.Tensor, engine: Engine, call: LayerCall) -> torch.Tensor:
-        return engine._run(call)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError(
-            "moe_offload runs inference only: its experts have no gradient; load with transformers to train"
-        )

@@ -60,15 +60,15 @@ class _Staging(NamedTuple):
 class LayerTensors:
     """Implements `dispatcher.LayerWork` for one layer after the other: `begin`, then the dispatcher, then `result`.
 
-    slot: the bytes of a slot. scratch: device memory that torch takes for experts with so many rows. workspace: that
-    the fused kernels want for so many tokens with so many choices. Takes its memory for a few tokens at once, more when
-    more come.
+    slot: the first so many bytes of a slot. scratch: device memory that torch takes for experts with so many rows.
+    workspace: that the fused kernels want for so many tokens with so many choices. Takes its memory for a few tokens at
+    once, more when more come.
     """
 
     def __init__(
         self,
         accelerator: Accelerator,
-        slot: Callable[[int], Buffer],
+        slot: Callable[[int, int], Buffer],
         scratch: Callable[[int], int],
         workspace: Callable[[int, int], int],
         hidden_size: int,
@@ -139,9 +139,10 @@ class LayerTensors:
             _host(room.choices, np.int64, tokens, top_k), _host(room.weights, np.float32, tokens, top_k),
             parts.num_experts,
         )  # fmt: skip
-        rows = len(groups.tokens)
-        _host(room.row_tokens, np.int64, rows, write=True)[:] = groups.tokens
-        _host(room.row_weights, np.float32, rows, write=True)[:] = groups.weights
+        if few is None:  # few tokens' kernels find their rows in the routing on the device
+            rows = len(groups.tokens)
+            _host(room.row_tokens, np.int64, rows, write=True)[:] = groups.tokens
+            _host(room.row_weights, np.float32, rows, write=True)[:] = groups.weights
         self._started = False
         return groups
 
@@ -163,7 +164,7 @@ class LayerTensors:
         counts = [stop - start for start, stop in ranges]
         tokens, top_k = self._shape
         launches = parts.device.launches(len(counts), tokens, top_k)
-        slots_read = [self._slot(slot).part(0, parts.record_bytes) for slot in slots]
+        slots_read = [self._slot(slot, parts.record_bytes) for slot in slots]
         first, self._started = not self._started, True
         if self._few is not None:
             self._add_few(self._few, groups.experts[positions].tolist(), slots_read, counts, launches)

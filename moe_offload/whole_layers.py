@@ -72,7 +72,7 @@ class WholeLayers:
         if any(device.cache.state_of(int(slot)) != READY for slot in slots):  # or waits to be
             return None
         size = self._parts[layer].record_bytes
-        buffers: list[Buffer] = [device.slots.buffer(int(slot)).part(0, size) for slot in slots]
+        buffers: list[Buffer] = [device.slots.part(int(slot), size) for slot in slots]
         addresses: list[int] = []
         self._tensors.look_at(buffers, lambda *seen: addresses.extend(each.data_ptr() for each in seen))
         table = self._tables[layer] = torch.tensor(addresses, dtype=torch.int64).to(device.accelerator.torch_device)

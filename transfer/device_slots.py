@@ -29,6 +29,7 @@ class DeviceSlots:
         self._slabs: list[Buffer] = []
         self._slots: list[Buffer] = []
         self._last_read: list[Event | None] = []
+        self._parts: dict[tuple[int, int], Buffer] = {}  # every launch asks for the same: making one takes microseconds
         self.grow(slots)
         if len(self._slots) < least:
             found = len(self._slots)
@@ -49,6 +50,13 @@ class DeviceSlots:
     def buffer(self, slot: int) -> Buffer:
         """The bytes of a slot."""
         return self._slots[slot]
+
+    def part(self, slot: int, nbytes: int) -> Buffer:
+        """The first bytes of a slot: the same object until the slot is freed."""
+        found = self._parts.get((slot, nbytes))
+        if found is None:
+            found = self._parts[slot, nbytes] = self._slots[slot].part(0, nbytes)
+        return found
 
     def last_read(self, slot: int) -> Event | None:
         """The event behind the last launch that reads the slot; None when nothing has read it."""
@@ -91,6 +99,7 @@ class DeviceSlots:
     def forget(self) -> None:
         """The accelerator is closed, and all its memory with it: keep none of it alive."""
         self._slabs.clear()
+        self._parts.clear()
         self._slots.clear()
         self._last_read.clear()
 
@@ -99,6 +108,8 @@ class DeviceSlots:
         passed.
         """
         left = self.after_shrinking(slots)
+        if left < len(self._slots):
+            self._parts.clear()
         while len(self._slots) > left:
             slab = self._slabs.pop()
             count = slab.nbytes // self.slot_bytes

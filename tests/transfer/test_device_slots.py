@@ -34,6 +34,17 @@ def test_too_few_is_said_and_nothing_is_kept() -> None:
     assert accelerator.used == 9 * SLOT
 
 
+def test_a_part_lives_as_long_as_its_slot() -> None:
+    slots = DeviceSlots(device(10 * SLOT), SLOT, 8, slab_bytes=2 * SLOT)
+    first, last = slots.part(0, 300), slots.part(7, 300)
+    assert first.nbytes == 300 and slots.part(0, 300) is first and slots.part(0, 200).nbytes == 200
+    slots.shrink(6)
+    with pytest.raises(IndexError):
+        slots.part(7, 300)
+    slots.grow(8)
+    assert slots.part(7, 300) is not last  # the memory is other memory
+
+
 def test_a_slot_larger_than_a_slab() -> None:
     slots = DeviceSlots(device(10 * SLOT), 3 * SLOT, 8, slab_bytes=SLOT)
     assert (len(slots), slots.per_slab, slots.nbytes) == (3, 1, 9 * SLOT)
