@@ -25,6 +25,7 @@ from moe_offload.copies import Copies
 from moe_offload.device_counts import DeviceCounts, LayerTimes
 from moe_offload.dispatch_parts import LayerWork, Parts
 from moe_offload.prefetcher import Prefetcher
+from moe_offload.scheduling.arrangement import arrange
 from moe_offload.scheduling.guard import Guard
 from moe_offload.scheduling.host_time import HostTime
 from moe_offload.scheduling.layer_plan import COMING, CPU, FETCH, HOST, SLOT, LayerPlan, LayerState
@@ -33,7 +34,6 @@ from moe_offload.scheduling.prefetch import savings
 from moe_offload.transfer.accelerator import Event
 from moe_offload.transfer.expert_cache import COMING as ON_ITS_WAY
 
-DEARER = 1.1  # how much longer a layer may take for something to be learned from it
 NOT_FETCHABLE = -1e9  # seconds: the value of fetching what is on disk only, for planners that weigh
 
 
@@ -183,8 +183,8 @@ class Dispatcher:
             costs = self.host_time.adjust(costs, len(experts))
         plan = (self.policy.planner if self.dynamic else plan_static)(state, costs)
         if self.prefetcher is not None and self.dynamic and self.host_time.explores:
-            left = plan_static(state, costs)
-            plan = left if left.seconds <= DEARER * plan.seconds else plan
+            left = arrange(state, costs, (plan.action != CPU) | (state.where == SLOT))
+            plan = left if left.seconds <= self.host_time.bearable * plan.seconds else plan
         planned = clock()
         self._last_end = None
         cpu = self._dispatch(layer, state, plan, slots, work)

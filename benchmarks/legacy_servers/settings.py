@@ -20,7 +20,7 @@ PAPER_BATCHES = (1, 4, 8, 16, 32, 64)
 OTHER_BATCHES = (1, 16)
 CACHES = (0.10, 0.35, 0.70)
 # More tokens in a step, fewer steps.
-_STEPS = {1: Steps(32, 6, 8), 4: Steps(32, 6, 5), 8: Steps(24, 5, 4), 16: Steps(24, 5, 4), 32: Steps(16, 4, 3)}
+_STEPS = {1: Steps(32, 8, 16), 4: Steps(32, 6, 5), 8: Steps(24, 5, 4), 16: Steps(24, 5, 4), 32: Steps(16, 4, 3)}
 _MANY = Steps(16, 3, 2)
 SMOKE_STEPS = Steps(3, 2, 2)
 

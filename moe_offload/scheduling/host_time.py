@@ -26,6 +26,8 @@ _PRIOR = 1e-3  # layers: what is not seen costs nothing
 _DOWN, _UP = 0.3, 0.001  # how fast the least seconds follow lower and higher ones
 _EXPLORED = 32  # layers: of so many some are planned to learn from
 _AT_FIRST, _AGAIN = 8, 2
+_BOLD = 8  # every so many times what is learned may cost more
+_DEARER = 1.1, 2.0  # how much longer such a layer may take, and a bold one
 _MOST = 0.9  # of an expert's time on the CPU
 _STEP = 1e-6  # seconds: finer differences make no new tables
 
@@ -55,12 +57,21 @@ class HostTime:
 
     @property
     def explores(self) -> bool:
-        """Whether this layer should leave experts where they are: it shows `b`, as plans that balance do not."""
+        """Whether this layer should leave the device's experts there: it shows `b`, as plans that balance do not."""
         return self._tries and self._turns % 2 == 0
 
     @property
     def _tries(self) -> bool:
         return self._turns % _EXPLORED < (_AGAIN if self._turns >= _EXPLORED else _AT_FIRST)
+
+    @property
+    def bearable(self) -> float:
+        """How many times as long as the best plan a layer that explores may take.
+
+        `b` shows only where the device is what is waited for. Where it seems much slower than a balance with the CPU
+        no cheap trial is left, and what is believed of `b` would stay as it is: now and then a dear one has to be made.
+        """
+        return _DEARER[self._turns < _EXPLORED or self._turns // _EXPLORED % _BOLD == 0]
 
     def begin(self, tokens: int) -> None:
         """A step of so many tokens: what lies between layers depends on it."""

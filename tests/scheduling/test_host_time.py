@@ -47,16 +47,20 @@ def test_nothing_enqueued_teaches_nothing() -> None:
     assert host.adjust(costs_of(40 * MICRO, MICRO), 8).cpu_start == pytest.approx(20 * MICRO)
 
 
-def simulate(host: HostTime, layers: int, after_host: float, after_device: float, seed: int = 0) -> list[int]:
-    """Layers of 8 resident experts, planned and "run": how many the CPU took, by layer."""
-    random, costs, taken = np.random.default_rng(seed), costs_of(30 * MICRO, 12 * MICRO), []
+def simulate(
+    host: HostTime, layers: int, after_host: float, after_device: float, gpu: float = 12 * MICRO, seed: int = 0
+) -> list[int]:
+    """Layers of 5 to 8 resident experts, planned as a dispatcher does and "run": how many the CPU took, by layer."""
+    random, costs, taken = np.random.default_rng(seed), costs_of(30 * MICRO, gpu), []
     host.begin(1)
     for _ in range(layers):
         state = resident(int(random.integers(5, 9)))
         plan = plan_makespan(state, host.adjust(costs, len(state.experts)))
-        on_device = len(state.experts) if host.explores else len(plan.gpu_order)
-        on_cpu = len(state.experts) - on_device
-        device = 30 * MICRO + 12 * MICRO * on_device
+        on_device, everything = len(plan.gpu_order), len(state.experts)
+        if host.explores and 30 * MICRO + gpu * everything <= host.bearable * plan.seconds:
+            on_device = everything
+        on_cpu = everything - on_device
+        device = 30 * MICRO + gpu * on_device
         cpu = (20 * MICRO + 30 * MICRO * on_cpu) if on_cpu else 0.0
         turn = max(cpu + after_host, device + after_device)
         host.observe_turn(turn - cpu, turn - device)
@@ -78,6 +82,14 @@ def test_a_host_that_waits_for_the_device_takes_its_share() -> None:
     taken = simulate(host, 200, after_host=200 * MICRO, after_device=200 * MICRO)
     assert host.lag < 20 * MICRO
     assert sum(taken[-100:]) > 100
+
+
+def test_a_slow_device_is_not_believed_to_be_waited_for() -> None:
+    # by the curves two of seven experts on the CPU end a third sooner; but what comes behind it takes longer than that
+    host = HostTime()
+    taken = simulate(host, 2000, after_host=500 * MICRO, after_device=250 * MICRO, gpu=30 * MICRO)
+    assert host.lag == pytest.approx(250 * MICRO, rel=0.1)
+    assert sum(each > 0 for each in taken[64:]) < 0.05 * len(taken)  # but to learn: one in 32
 
 
 def test_another_number_of_tokens_is_learned_anew() -> None:
