@@ -125,6 +125,7 @@ class MoeSpec:
             for name, p in module.named_parameters(recurse=False)
             if not name.endswith("_bias")
         }
+        matrices |= _untied_head(config, model)
         others = [(name, p) for name, p in model.named_parameters() if id(p) not in matrices]
         text = config.get_text_config(decoder=True)
         dtype = getattr(config, "dtype", None) or getattr(text, "dtype", None) or torch.float32
@@ -140,6 +141,14 @@ class MoeSpec:
             non_expert_params=sum(p.numel() for _, p in others),
             shared_expert_params=sum(p.numel() for name, p in others if re.search(r"\.shared_(expert|mlp)", name)),
         )
+
+
+def _untied_head(config: PreTrainedConfig, model: PreTrainedModel) -> set[int]:
+    """Ids of the output head's weights where they will be the embedding's and are not yet: while a model is loaded."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or embedding is None or not getattr(config, "tie_word_embeddings", False):
+        return set()
+    return {id(head.weight)} - {id(embedding.weight)}
 
 
 def build_skeleton(config: PreTrainedConfig) -> PreTrainedModel:

@@ -108,7 +108,7 @@ Dtype = Annotated[
     str,
     typer.Option(
         metavar="[auto|bf16|f16|f32]",
-        help="Format of everything else; auto: as stored.",
+        help="Format of everything else; auto: as stored, but float16 or float32 for cards without bfloat16.",
         rich_help_panel=_RUNNING,
     ),
 ]

@@ -175,3 +175,18 @@ def test_model_class_follows_architectures(checkpoint: Checkpoints) -> None:
     config = AutoConfig.from_pretrained(checkpoint("qwen3_vl_moe_text"))
     assert issubclass(model_class(config), nn.Module)
     assert model_class(config).__name__ == "Qwen3VLMoeTextModel"
+
+
+def test_what_is_tied_counts_once(tmp_path: Path) -> None:
+    """Also for a loaded model, whose engine reads its specification before head and embedding are one."""
+    from moe_offload.models.spec import MoeSpec
+
+    counts = {}
+    for tied in (True, False):
+        folder = tiny_models.save(tiny_models.build("qwen3_moe", tie_word_embeddings=tied), tmp_path / str(tied))
+        model = moe_offload.load(folder, device="cpu")
+        counts[tied] = model.offload.spec.total_params
+        assert counts[tied] == MoeSpec.from_hf(model.config).total_params
+        embedding = model.get_input_embeddings().weight.numel()
+        model.offload.close()
+    assert counts[False] - counts[True] == embedding
