@@ -36,6 +36,7 @@ __all__ = [
     "ResolvedKey",
     "asks_for_sdpa_by_name",
     "attention_function",
+    "caches_latents",
     "cast_as_built",
     "experts_implementations",
     "grouped_mm_experts_forward",
@@ -44,6 +45,7 @@ __all__ = [
     "is_dispatched_experts",
     "keeps_what_the_cache_returns",
     "natural_order",
+    "only_attends_to_what_it_expands",
     "register_attention_function",
     "register_experts_function",
     "restore_experts_implementations",
@@ -211,6 +213,34 @@ def keeps_what_the_cache_returns(attention: type[nn.Module]) -> str:
     if returned != [ast.unparse(argument) for argument in calls[0].args[2:4]] or len(later) != 2:
         return "it computes with what its cache returns (MLA, keys that layers share)"
     return ""
+
+
+def caches_latents(attention: type[nn.Module]) -> bool:
+    """Whether an attention caches latents, of which it makes keys and values of all heads at every call.
+
+    In 5.14 it caches these keys and values.
+    """
+    return hasattr(attention, "expand_kv")
+
+
+def only_attends_to_what_it_expands(attention: type[nn.Module]) -> bool:
+    """Whether an attention caches latents, and does nothing with the keys and values that its `expand_kv` makes of them
+    but to hand them to the attention function. False for everything else, and without its source.
+    """
+    if not caches_latents(attention) or not attention.__module__.startswith("transformers.models."):
+        return False
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(attention.forward))))
+    except (OSError, SyntaxError):
+        return False
+    nodes = list(ast.walk(tree))
+    made = [n for n in nodes if isinstance(n, ast.Assign) and _called(n.value) == "self.expand_kv"]
+    calls = [n for n in nodes if isinstance(n, ast.Call) and _called(n) == "attention_interface"]
+    if len(made) != 1 or len(calls) != 1 or not isinstance(made[0].targets[0], ast.Tuple):
+        return False
+    names = [ast.unparse(target) for target in made[0].targets[0].elts]
+    later = [n for n in nodes if isinstance(n, ast.Name) and n.id in names and n.lineno > (made[0].end_lineno or 0)]
+    return names == [ast.unparse(argument) for argument in calls[0].args[2:4]] and len(later) == 2
 
 
 def _called(node: ast.AST) -> str:

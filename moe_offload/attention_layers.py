@@ -94,7 +94,9 @@ def _width(module: Any) -> int:
         return sum(outputs)
     config = module.config
     latent = getattr(config, "kv_lora_rank", None)
-    if latent:
+    if latent and compat.caches_latents(type(module)):
         return int(latent + config.qk_rope_head_dim)
+    if latent:
+        return int(config.num_attention_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim))
     size = getattr(module, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return int(2 * config.num_key_value_heads * size)

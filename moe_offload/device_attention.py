@@ -56,7 +56,7 @@ class PlainObserver(AttentionObserver):
     """Only runs what it is told of."""
 
 
-class _Shared:
+class SharedKernels:
     """What the attentions of one model share: kernels by shape, and the current step's mask."""
 
     def __init__(self, observer: AttentionObserver, team: Team, decode: DeviceDecode | None) -> None:
@@ -83,7 +83,9 @@ class _Shared:
 class AttentionHandle:
     """One attention module's way to our kernels."""
 
-    def __init__(self, shared: _Shared, layer: AttentionLayer, former: Callable[..., Any], with_sinks: bool) -> None:
+    def __init__(
+        self, shared: SharedKernels, layer: AttentionLayer, former: Callable[..., Any], with_sinks: bool
+    ) -> None:
         self.shared, self.index, self.former, self.with_sinks = shared, layer.index, former, with_sinks
         self._host_sinks, self._device_sinks = Sinks(torch.device("cpu")), Sinks()
         # Of another eager attention only the module knows what it computes.
@@ -128,7 +130,7 @@ class AttentionHandle:
         """What runs the CPU's kernel; None for what it does not know."""
         batch, q_heads, _, size = query.shape
         kv_heads, length = key.shape[1:3]
-        if not _plain(query, key, value, kwargs) or q_heads % kv_heads:
+        if not is_plain_step(query, key, value, kwargs) or q_heads % kv_heads:
             return None
         starts = self.shared.starts(mask, batch, length)
         if starts is None or key.stride(-1) != 1 or value.stride(-1) != 1:
@@ -147,7 +149,7 @@ class AttentionHandle:
             q = shared.observer.to_host(query[:, :, 0]).to(torch.float32).contiguous()
             out = torch.empty((batch, 1, q_heads, value.shape[3]), dtype=torch.float32)
             kernel(
-                q.numpy(), _stored(key), _stored(value), np.full(batch, length, np.int64), out[:, 0].numpy(),
+                q.numpy(), stored_array(key), stored_array(value), np.full(batch, length, np.int64), out[:, 0].numpy(),
                 shared.team, starts=starts, sinks=None if sinks is None else sinks.numpy(),
             )  # fmt: skip
             return shared.observer.to_device(out.to(query.dtype), query.device)
@@ -160,13 +162,13 @@ class AttentionHandle:
     ) -> torch.Tensor | None:  # fmt: skip
         """The device kernel's result; None where torch's is to be taken."""
         decode = self.shared.decode
-        if decode is None or not self._known or not _plain(query, key, value, kwargs):
+        if decode is None or not self._known or not is_plain_step(query, key, value, kwargs):
             return None
         sinks = self._device_sinks.of(module) if self.with_sinks else None
         return decode.run(query, key, value, mask, kwargs.get("scaling"), sinks)
 
 
-def _plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kwargs: Mapping[str, Any]) -> bool:
+def is_plain_step(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kwargs: Mapping[str, Any]) -> bool:
     """Whether it is one position of each sequence, with nothing asked for that our kernels do not know."""
     if query.shape[2] != 1 or kwargs.get("dropout") or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
         return False
@@ -177,7 +179,7 @@ def _plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kwargs: 
     return not torch.is_grad_enabled() or not (query.requires_grad or key.requires_grad or value.requires_grad)
 
 
-def _stored(tensor: torch.Tensor) -> NDArray[Any]:
+def stored_array(tensor: torch.Tensor) -> NDArray[Any]:
     tensor = tensor.detach()
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(np.uint16)
@@ -211,7 +213,7 @@ def attach(
     layers = attention_layers(model)
     if not any(layer.schedulable for layer in layers):
         return layers
-    shared = _Shared(observer, team, decode)
+    shared = SharedKernels(observer, team, decode)
     for layer in layers:
         if layer.module is None or layer.implementation not in NAMES:
             continue

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from moe_offload import decode_model
+from moe_offload import decode_model, latent_attention
 from moe_offload.cpu_kernels.grouping import group_tokens
 from moe_offload.cpu_kernels.matrices import Matrix, MatrixKernel
 from moe_offload.cpu_kernels.processors import default_threads
@@ -86,6 +86,7 @@ class Engine:
         self._dense = self._pack_dense(progress)
         if self._device is not None and not self._attach_device(self._device):
             self._dense = self._dense or self._pack_dense(progress)  # on the CPU they are packed
+        latent_attention.attach(model, self._team)
         fused = options.fused_decode and self._device is None
         self._fused = decode_model.attach(self, model, self._layers) if fused else []
         self.lost_devices = 0
@@ -308,6 +309,7 @@ class Engine:
         dense = 0 if self._dense is None else self._dense.stored_bytes
         require_memory(experts + dense, self.options.memory_limit, "the weights that the detached model needs")
         decode_model.detach(self._fused)
+        latent_attention.detach(model)
         if self._dense is not None:
             self._dense.restore(model, self._skeleton)
         self._skeleton.restore(model, self._dtype)

@@ -1,7 +1,8 @@
 """`moe-offload plan`: options to a server and a wish, and the plan for eyes or machines."""
 
 import json
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,10 @@ from moe_offload.plan_rates import HostRates, ProfileHost
 from moe_offload.plan_sizes import ModelSizes, PlannedModel
 from moe_offload.plan_table import print_plan, to_dict
 from moe_offload.progress import Activity
+from moe_offload.transfer.disk_rate import LEAST_FILE, measure_read
 from moe_offload.transfer.server_profile import ServerProfile, find_server
+
+logger = logging.getLogger(__name__)
 
 DISK_GBS = 2.6  # of a disk that nobody measured: NVMe on PCIe 3.0
 SYSTEM_SHARE = 16  # of a server's memory, one part is the system's
@@ -47,6 +51,10 @@ def plan(name: str, folder: Path, wishes: PlanWishes, *, as_json: bool) -> None:
         model = PlannedModel(folder)
         context = check_wish(model, wishes.weights, wishes.context, wishes.batch)
         made = make_plan(name, model, server, wishes.weights, context, wishes.batch)
+        if wishes.profile is None and made.verdict == "runs from disk":
+            report("reading from the disk", 1.0)
+            server = _with_disk(server, folder)
+            made = make_plan(name, model, server, wishes.weights, context, wishes.batch)
     if as_json:
         terminal.write(json.dumps(to_dict(made), ensure_ascii=False, indent=2) + "\n")
     else:
@@ -114,6 +122,26 @@ def _this_machine(wishes: PlanWishes, report: Any) -> PlanServer:
 
     facts = (
         f"{threads} thread{'s' if threads > 1 else ''} of this machine as measured once (--measure: anew)",
-        f"a disk of {DISK_GBS} GB/s",
+        _disk_fact(DISK_GBS, "assumed"),
     )
     return PlanServer("this machine", False, card, gpu, wishes.ram or memory.available, DISK_GBS, rates, facts)
+
+
+def _with_disk(server: PlanServer, folder: Path) -> PlanServer:
+    """With the rate of the disk that the model lies on, measured in a second; as it is where that says nothing."""
+    shards = sorted(folder.glob("*.safetensors"), key=lambda shard: shard.stat().st_size)
+    if not shards or shards[-1].stat().st_size < LEAST_FILE:
+        return server
+    try:
+        measured = measure_read(folder, shards[-1])
+    except OSError as error:
+        logger.info("the disk of %s is not measured: %s", folder, error)
+        return server
+    if not measured.direct:
+        return server
+    rate = round(measured.rate / 1e9, 2)
+    return replace(server, disk_gbs=rate, facts=(*server.facts[:-1], _disk_fact(rate, "measured")))
+
+
+def _disk_fact(rate: float, how: str) -> str:
+    return f"a disk of {rate:g} GB/s, {how}"

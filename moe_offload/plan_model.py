@@ -90,7 +90,7 @@ def choose_format(model: PlannedModel, weights: str, ram: int) -> str:
         return weights
     for name in model.formats:
         sizes = model.sizes(name)
-        if sizes.expert_bytes + sizes.dense_bytes + sizes.embedding_bytes <= ram:
+        if sizes.expert_bytes + sizes.host_bytes <= ram:
             return name
     return model.stored
 

@@ -63,7 +63,7 @@ def place(sizes: ModelSizes, budgets: Budgets, context: int, sequences: int, kv_
     """
     per_layer = [sequences * layer.nbytes(context) for layer in sizes.kv]
     if not budgets.gpu:
-        return _with_host(sizes, budgets, (0, 0, 0, 0, 0, 0), sizes.dense_bytes + sizes.embedding_bytes, sum(per_layer))
+        return _with_host(sizes, budgets, (0, 0, 0, 0, 0, 0), sizes.host_bytes, sum(per_layer))
     fixed = [size for size, layer in zip(per_layer, sizes.kv, strict=True) if not layer.movable]
     movable = [size for size, layer in zip(per_layer, sizes.kv, strict=True) if layer.movable]
     here = [*fixed, *movable[:kv_layers]]

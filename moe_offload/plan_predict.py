@@ -71,6 +71,11 @@ def _kv_flops(nbytes: float, case: Case) -> float:
     return nbytes * case.tokens / 2 if case.prompt else nbytes
 
 
+def _latent_flops(sizes: ModelSizes, case: Case) -> int:
+    """For each position of each sequence, in all layers."""
+    return sizes.expand_flops if case.prompt else sizes.step_flops
+
+
 def _missing(place: Placement) -> float:
     """Which share of the experts that are not on the card has to come from disk."""
     elsewhere = place.ram_experts + place.disk
@@ -83,8 +88,10 @@ def _on_cpu(
     yield host.between(sizes)
     yield host.dense(sizes, case.tokens)
     nbytes = sizes.kv_bytes(case.context, case.sequences)
-    expand = sizes.expand_flops * (case.sequences * case.context)
-    yield host.attention(nbytes, _kv_flops(nbytes, case) + expand)
+    latent = _latent_flops(sizes, case) * (case.sequences * case.context)
+    yield host.attention(nbytes, _kv_flops(nbytes, case) + latent)
+    if not case.prompt:
+        yield sizes.copied_bytes / (host.read_gbs * 1e9), MEMORY
     missing = _missing(place)
     for group in sizes.groups:
         active, rows = group.active(case.tokens), group.rows(case.tokens)
@@ -120,12 +127,12 @@ def _attention(
     sizes: ModelSizes, place: Placement, host: HostRates, card: ServerProfile, case: Case
 ) -> Iterable[tuple[float, str]]:
     left = place.kv_layers
-    expand = sizes.expand_flops * case.sequences * case.context / max(len(sizes.kv), 1)
+    latent = _latent_flops(sizes, case) * case.sequences * case.context / max(len(sizes.kv), 1)
     for layer in sizes.kv:
         nbytes = case.sequences * layer.nbytes(case.context)
         if not layer.movable or left > 0:
             left -= layer.movable
-            flops = _kv_flops(nbytes, case) + expand
+            flops = _kv_flops(nbytes, case) + latent
             read, multiply = nbytes / (card.memory_gbs * 1e9), flops / card.flops
             yield 2 * card.kernel_seconds + max(read, multiply), CARD_MEMORY if read >= multiply else CARD_COMPUTE
         else:

@@ -17,6 +17,7 @@ from moe_offload.decode_model import MODEL_CLASSES
 from moe_offload.decode_modules import LAYER_CLASSES
 from moe_offload.dense_choice import dense_linears
 from moe_offload.loading import read_config
+from moe_offload.models import compat
 from moe_offload.models.checkpoint import Checkpoint
 from moe_offload.models.errors import OptionError, UnsupportedModelError
 from moe_offload.models.expert_weights import locate_experts
@@ -64,7 +65,8 @@ class ModelSizes:
     one launch ("whole"), a launch a layer ("layer") or transformers' modules ("modules"). modules: of a layer, without
     children. dense_bytes: of what is read for every token besides experts and KV cache, on the CPU. dense_params: the
     same as a count. embedding_bytes: looked up, not read, beside those. kv: layers of one sequence's cache.
-    expand_flops: what latent attention multiplies for every position it keeps, at every step, in all layers.
+    expand_flops: what latent attention multiplies in a prompt for every position it keeps, in all layers; step_flops:
+    the same of a decode step. copied_bytes: of matrices kept once more on the CPU, in f32, for such steps to read.
     """
 
     num_layers: int
@@ -80,6 +82,8 @@ class ModelSizes:
     embedding_bytes: int
     kv: tuple[LayerKv, ...]
     expand_flops: int
+    step_flops: int
+    copied_bytes: int
 
     @property
     def expert_bytes(self) -> int:
@@ -90,6 +94,11 @@ class ModelSizes:
     def expert_count(self) -> int:
         """Of all layers."""
         return sum(group.layers * group.experts for group in self.groups)
+
+    @property
+    def host_bytes(self) -> int:
+        """Of what lies in host memory besides experts and KV cache where the CPU runs everything."""
+        return self.dense_bytes + self.embedding_bytes + self.copied_bytes
 
     @property
     def slot_bytes(self) -> int:
@@ -174,7 +183,7 @@ class PlannedModel:
         return ModelSizes(
             spec.num_layers, spec.hidden_size, spec.max_context, self._step, self._modules, weights,
             "int8" if packed else _NAMES.get(spec.dtype, "f32"), groups, linears + (self._read - self._linears) * item,
-            self._read, embedding, self._kv, _expand_flops(self.skeleton),
+            self._read, embedding, self._kv, *_latent_sizes(self.skeleton),
         )  # fmt: skip
 
 
@@ -220,10 +229,25 @@ def _kv_layers(model: PreTrainedModel, item: int) -> tuple[LayerKv, ...]:
     return tuple(LayerKv(item * layer.width, layer.schedulable, layer.window) for layer in attention_layers(model))
 
 
-def _expand_flops(model: nn.Module) -> int:
-    """Latent attention makes keys and values of all heads from what it keeps, at every step."""
-    modules = (module for name, module in model.named_modules() if name.endswith(".kv_b_proj"))
-    return sum(2 * module.weight.numel() for module in modules if isinstance(module, nn.Linear))
+def _latent_sizes(model: nn.Module) -> tuple[int, int, int]:
+    """Operations for each position in a prompt and in a decode step, and bytes of copies, where latents are cached: all
+    heads' keys and values are made of them, or a step attends over the latents (`latent_attention.py`).
+    """
+    expand = step = copied = 0
+    module: Any
+    for module in model.modules():
+        projection = getattr(module, "kv_b_proj", None)
+        if projection is None or not compat.caches_latents(type(module)):
+            continue
+        one = 2 * projection.weight.numel()
+        expand += one
+        if compat.only_attends_to_what_it_expands(type(module)):
+            heads = projection.out_features // (module.qk_nope_head_dim + module.v_head_dim)
+            step += 2 * heads * (2 * projection.in_features + module.qk_rope_head_dim)
+            copied += 2 * one
+        else:
+            step += one
+    return expand, step, copied
 
 
 def _step(model: PreTrainedModel) -> str:

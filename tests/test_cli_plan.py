@@ -16,6 +16,7 @@ from moe_offload.plan_program import ProgramTimes
 from moe_offload.plan_rates import Curve, MeasuredHost, kind_of
 from moe_offload.plan_sizes import ModelSizes, PlannedModel
 from moe_offload.transfer import profile_file
+from moe_offload.transfer.disk_rate import ReadRate
 from tests import tiny_models
 from tests.conftest import Checkpoints
 
@@ -85,6 +86,33 @@ def test_shards_are_headers_alone(checkpoint: Checkpoints, tmp_path: Path, capsy
     said = planned(capsys, str(folder), *HUGE)
     assert said["weights"] == "bf16"
     assert said["ram"]["experts"] == said["expert_bytes"]
+
+
+def test_a_disk_that_is_needed_is_measured(
+    checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(checkpoint("qwen3_moe", dtype=torch.bfloat16))
+    whole = planned(capsys, folder, *HUGE)
+    ram = str(sum(size for name, size in whole["ram"].items() if name != "budget") - whole["expert_bytes"] // 2)
+    monkeypatch.setattr(plan_command, "LEAST_FILE", 1)
+
+    def disk_of(ram: str) -> tuple[float, str]:
+        said = planned(capsys, folder, "--ram", ram)
+        (fact,) = [each for each in said["assumptions"] if "disk of" in each]
+        return said["decode"]["seconds_by_resource"].get("disk", 0.0), fact
+
+    for rate, direct, known in ((5e9, True, "5 GB/s, measured"), (1e9, False, "2.6 GB/s, assumed")):
+        monkeypatch.setattr(plan_command, "measure_read", lambda *_, r=rate, d=direct: ReadRate(r, 1 << 30, 0.2, d))
+        seconds, fact = disk_of(ram)
+        assert fact == f"a disk of {known}"
+        assert seconds > 0
+        assert disk_of("100TB") == (0.0, "a disk of 2.6 GB/s, assumed")
+
+    def broken(*_: object) -> ReadRate:
+        raise OSError("gone")
+
+    monkeypatch.setattr(plan_command, "measure_read", broken)
+    assert disk_of(ram)[1] == "a disk of 2.6 GB/s, assumed"
 
 
 def test_what_does_not_fit_is_said_with_what_would(config_only: Path, capsys: pytest.CaptureFixture[str]) -> None:

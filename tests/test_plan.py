@@ -37,7 +37,7 @@ def sizes_of(layers: int = 4, experts: int = 8, top_k: int = 2, kv: int = 1000, 
     group = ExpertLayers(layers, experts, top_k, 512, 341, "bf16", MIB, MIB)
     return ModelSizes(
         layers, 512, 4096, "whole", 10.0, "bf16", "bf16", (group,), 10 * MIB, 5 * MIB, 2 * MIB,
-        tuple(LayerKv(kv, movable) for _ in range(layers)), 0,
+        tuple(LayerKv(kv, movable) for _ in range(layers)), 0, 0, 0,
     )  # fmt: skip
 
 
