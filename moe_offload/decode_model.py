@@ -18,7 +18,6 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from moe_offload.decode_head import DecodeHead
 from moe_offload.decode_layer import (
     ATTENTIONS,
     MOST_SEQUENCES,
@@ -28,7 +27,9 @@ from moe_offload.decode_layer import (
     plain_cache,
     plain_call,
 )
+from moe_offload.decode_linear import LEAST_WEIGHTS, DecodeLinear
 from moe_offload.decode_modules import LAYER_CLASSES, WEIGHT_TYPES, Inside, Snapshot, is_transformers, read_norm
+from moe_offload.dense_choice import dense_linears
 from moe_offload.kv_room import Room, fill_to, known_room, make_room
 from moe_offload.model_plan import ModelPlan
 from moe_offload.rotary_table import RotaryTable
@@ -207,7 +208,7 @@ def first_seen(mask: Any, batch: int, length: int) -> NDArray[np.int64] | None:
 
 
 def attach(engine: Any, model: PreTrainedModel, experts: Mapping[str, Any]) -> list[nn.Module]:
-    """Let the decode step run the decoder layers it knows, models of nothing but those, and their output head.
+    """Let the decode step run the decoder layers it knows, models of nothing but those, and large linears elsewhere.
 
     Returns the modules it took.
     experts: by the path of their module.
@@ -218,8 +219,8 @@ def attach(engine: Any, model: PreTrainedModel, experts: Mapping[str, Any]) -> l
     for path, module in model.named_modules():
         if is_transformers(module) and "forward" not in module.__dict__ and type(module).__name__ in LAYER_CLASSES:
             inside = [each for name, each in experts.items() if name.startswith(path + ".")]
-            fused = inside[0] if len(inside) == 1 and inside[0].kernel is not None else None
-            module.__dict__["forward"] = taken[id(module)] = DecodeLayer(shared, module, fused)
+            only = inside[0] if len(inside) == 1 and inside[0].kernel is not None else None
+            module.__dict__["forward"] = taken[id(module)] = DecodeLayer(shared, module, only)
             found.append(module)
     for module in model.modules():
         if is_transformers(module) and "forward" not in module.__dict__ and type(module).__name__ in MODEL_CLASSES:
@@ -230,15 +231,21 @@ def attach(engine: Any, model: PreTrainedModel, experts: Mapping[str, Any]) -> l
             if standing and one_config and in_order and all(each.experts is not None for each in standing):
                 module.__dict__["forward"] = ModelStep(shared, module, standing)
                 found.append(module)
+    fused = tuple(f"{path}." for path, module in model.named_modules() if id(module) in taken)
     head = model.get_output_embeddings()
-    if found and type(head) is nn.Linear and "forward" not in head.__dict__:
-        head.__dict__["forward"] = DecodeHead(engine, head)
-        found.append(head)
+    linears = dense_linears(model, engine.spec)
+    if taken and type(head) is nn.Linear and head not in linears.values():
+        linears[""] = head
+    for path, linear in linears.items():
+        large = linear.weight.numel() >= LEAST_WEIGHTS or (linear is head and bool(taken))
+        if large and "forward" not in linear.__dict__ and not path.startswith(fused):
+            linear.__dict__["forward"] = DecodeLinear(engine, linear)
+            found.append(linear)
     return found
 
 
 def detach(modules: list[nn.Module]) -> None:
     """Inverse of `attach`."""
     for module in modules:
-        if isinstance(module.__dict__.get("forward"), DecodeLayer | ModelStep | DecodeHead):
+        if isinstance(module.__dict__.get("forward"), DecodeLayer | ModelStep | DecodeLinear):
             del module.__dict__["forward"]

@@ -7,6 +7,7 @@ from bisect import bisect_left
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from moe_offload.decode_linear import MOST_TOKENS
 from moe_offload.plan_sizes import ExpertLayers, ModelSizes
 from moe_offload.transfer.server_profile import ServerProfile
 
@@ -19,6 +20,7 @@ MEMORY, COMPUTE, LINK, CARD_MEMORY, CARD_COMPUTE, DISK, HOST = (
 STEP_SECONDS = 700e-6
 LAYER_SECONDS = {"whole": 25e-6, "layer": 150e-6}
 MODULE_SECONDS = 28e-6
+_MOST_FUSED = 64  # tokens of a step that goes through the fused layers
 _BYTES = {"f32": 4.0, "bf16": 2.0, "f16": 2.0, "fp8": 1.0}  # of a weight, of formats without scales
 
 
@@ -145,7 +147,7 @@ class MeasuredHost:
         return Took(seconds, MEMORY if seconds < 2 * reading else COMPUTE)
 
     def dense(self, sizes: ModelSizes, tokens: int) -> Took:
-        ours = sizes.dense not in _BYTES or (sizes.step != "modules" and tokens <= 64)
+        ours = sizes.dense not in _BYTES or tokens <= (MOST_TOKENS if sizes.step == "modules" else _MOST_FUSED)
         gbs, flops = (self.linear_gbs, self.linear_flops) if ours else (self.torch_gbs, self.torch_flops)
         return larger(sizes.dense_bytes / (gbs * 1e9), 2.0 * sizes.dense_params * tokens / flops)
 

@@ -26,6 +26,8 @@ from moe_offload.options import Weights
 from moe_offload.scheduling.memory_share import LayerKv
 
 NARROWER = ("int8", "int4")  # what experts can be converted to
+# Of torch's operations around a step over latents, beyond those of other attentions; measured on Zen 4.
+_LATENT_MODULES = 9
 DEVICE_ITEM = 2  # bytes of a weight on a card
 _NAMES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
@@ -63,7 +65,7 @@ class ModelSizes:
 
     weights, dense: formats of experts and of other linears on the CPU. step: how it decodes on the CPU: all layers in
     one launch ("whole"), a launch a layer ("layer") or transformers' modules ("modules"). modules: of a layer, without
-    children. dense_bytes: of what is read for every token besides experts and KV cache, on the CPU. dense_params: the
+    children, and what counts as such. dense_bytes: of what is read for every token besides experts and KV cache, on the CPU. dense_params: the
     same as a count. embedding_bytes: looked up, not read, beside those. kv: layers of one sequence's cache.
     expand_flops: what latent attention multiplies in a prompt for every position it keeps, in all layers; step_flops:
     the same of a decode step. copied_bytes: of matrices kept once more on the CPU, in f32, for such steps to read.
@@ -260,4 +262,5 @@ def _step(model: PreTrainedModel) -> str:
 
 def _leaf_modules(model: PreTrainedModel, spec: MoeSpec) -> float:
     inside = [name for name, each in model.named_modules() if ".layers." in name and not any(each.children())]
-    return len(inside) / max(spec.num_layers, 1)
+    latent = sum(compat.only_attends_to_what_it_expands(type(each)) for each in model.modules())
+    return (len(inside) + _LATENT_MODULES * latent) / max(spec.num_layers, 1)

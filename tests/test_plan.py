@@ -174,7 +174,9 @@ def test_measured_rates_are_used() -> None:
     assert host.experts(sizes.groups[0], 2, 2).seconds == pytest.approx(2 * (1e-3 + 1e-3 / 3))
     assert host.experts(sizes.groups[0], 1, 8).seconds == pytest.approx(4e-3)
     assert host.dense(sizes, 1).seconds == pytest.approx(10 * MIB / 10e9)
-    assert host.dense(dataclasses.replace(sizes, step="modules"), 1).seconds == pytest.approx(10 * MIB / 5e9)
+    modules = dataclasses.replace(sizes, step="modules")
+    assert host.dense(modules, 4).seconds == host.dense(sizes, 4).seconds
+    assert host.dense(modules, 5).seconds == pytest.approx(10 * MIB / 5e9)
     assert host.between(sizes).seconds == pytest.approx(1e-4 + 4e-5)
     assert host.between(dataclasses.replace(sizes, step="modules")).seconds == pytest.approx(1e-4 + 4 * 10 * 1e-5)
 

@@ -1,7 +1,8 @@
-"""The output head of a decode step where it is as stored: for a few tokens our kernels read it faster than torch does.
+"""Linears as stored, for a few tokens: our kernels read them faster than torch does.
 
-Measured on Zen 4, bf16 [8192, 2048], one token: torch's product reads 12 GB/s of 33. With packed linears the head is a
-`PackedLinear` already.
+Measured on Zen 4, bf16 [8192, 2048], one token: torch's product reads 12 GB/s of 33. This is for the output head, and
+for all linears outside of the experts where a decoder layer runs through transformers' modules; packed ones are
+`PackedLinear`s already.
 """
 
 import copy
@@ -15,19 +16,20 @@ from moe_offload.cpu_kernels.target import current_target
 from moe_offload.decode_layer import plain_call
 from moe_offload.decode_modules import WEIGHT_TYPES
 
+LEAST_WEIGHTS = 1 << 20  # a linear of fewer is over before a launch pays
 MOST_TOKENS = 4  # beyond that torch's product has something to gain from its tiles
 
 
-class DecodeHead:
+class DecodeLinear:
     """Stands for the `forward` of an `nn.Linear`; what is unusual or large goes to the original."""
 
     def __init__(self, engine: Any, linear: nn.Linear) -> None:
         self.engine, self.linear = engine, linear
         self._kernels: dict[torch.dtype, MatrixKernel] = {}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "DecodeHead":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "DecodeLinear":
         """A copied model shares the threads."""
-        return DecodeHead(self.engine, copy.deepcopy(self.linear, memo))
+        return DecodeLinear(self.engine, copy.deepcopy(self.linear, memo))
 
     def __call__(self, input: torch.Tensor) -> torch.Tensor:
         linear = self.linear
