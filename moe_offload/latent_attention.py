@@ -227,6 +227,7 @@ def attach(model: nn.Module, team: Team) -> tuple[LatentAttention, ...]:
         return ()
     shared = SharedKernels(PlainObserver(), team, None)
     made = []
+    known: dict[tuple[Any, ...], bool] = {}  # one module of each kind is tried: unpacking weights takes its time
     for module in model.modules():
         if not compat.only_attends_to_what_it_expands(type(module)):
             continue
@@ -235,7 +236,11 @@ def attach(model: nn.Module, team: Team) -> tuple[LatentAttention, ...]:
         if implementation not in NAMES:
             continue
         handle = LatentAttention(module, _OtherName(config, implementation), shared)
-        if not _expands_as_known(handle):
+        weight = module.kv_b_proj.weight
+        kind = type(module), weight.shape, weight.dtype, module.qk_nope_head_dim, module.v_head_dim
+        if kind not in known:
+            known[kind] = _expands_as_known(handle)
+        if not known[kind]:
             continue
         module.__dict__.update({HANDLE: handle, "expand_kv": handle.expand, "config": handle.config})
         made.append(handle)

@@ -65,8 +65,9 @@ class ModelSizes:
 
     weights, dense: formats of experts and of other linears on the CPU. step: how it decodes on the CPU: all layers in
     one launch ("whole"), a launch a layer ("layer") or transformers' modules ("modules"). modules: of a layer, without
-    children, and what counts as such. dense_bytes: of what is read for every token besides experts and KV cache, on the CPU. dense_params: the
-    same as a count. embedding_bytes: looked up, not read, beside those. kv: layers of one sequence's cache.
+    children, and what counts as such. dense_bytes: of what is read for every token besides experts and KV cache, on
+    the CPU. dense_params: the same as a count. embedding_bytes: looked up, not read, beside those. kv: layers of one
+    sequence's cache.
     expand_flops: what latent attention multiplies in a prompt for every position it keeps, in all layers; step_flops:
     the same of a decode step. copied_bytes: of matrices kept once more on the CPU, in f32, for such steps to read.
     """

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from benchmarks.legacy_servers import __main__ as command
 from benchmarks.legacy_servers.bound import Bound, bound_of, fewest_misses, step_bound
 from benchmarks.legacy_servers.contestants import CONTESTANTS, KNOWING, NAMES, OURS, STATICS
-from benchmarks.legacy_servers.goals import goals_of
+from benchmarks.legacy_servers.goals import goals_of, hybrimoe_in_its_engine
 from benchmarks.legacy_servers.journal import Journal, code_version, missing
 from benchmarks.legacy_servers.published import CONSTANTS, FIGURES, slots_of
 from benchmarks.legacy_servers.recall import MadeUp, name
@@ -347,12 +347,28 @@ def test_goals_of_planted_results() -> None:
     assert [goal.over_hybrimoe for goal in goals.paper] == [2.0, 1.2333, 1.1333, 1.9]
     assert [(each.static, each.ratio) for each in goals.below] == [("fiddler", 0.9615)]
     assert goals.slightly == 1 and goals.cells == 6
-    paper, static = goals.lines()
+    paper, engine, static = goals.lines()
+    gains = [goal.over_its_engine for goal in goals.paper]
+    own = [hybrimoe_in_its_engine(outcome.cell) for outcome in outcomes[:4]]
+    assert gains == pytest.approx([20 / own[0], 18.5 / own[1], 17 / own[2], 19 / own[3]], abs=1e-4)
+    assert f"at least 2x in {sum(gain >= 2 for gain in gains)} of 4" in engine and f"least {min(gains):.2f}x" in engine
     assert "MISSED, 2 of 4 cells: at least 2x HybriMoE in 1 (least 1.13x, most 2.00x)" in paper
     assert "MISSED, 1 of 6 cells more than 1% below (worst 0.962), 1 below by less" in static
     met = goals_of(outcomes[:2]).lines()
-    assert ": met, 2 of 2" in met[0] and ": met, 0 of 2" in met[1]
+    assert ": met, 2 of 2" in met[0] and ": met, 0 of 2" in met[-1]
     assert "no cell" in goals_of([]).lines()[0] and set(OURS) | set(STATICS) <= set(NAMES)
+
+
+def test_hybrimoe_in_an_engine_by_the_papers_constants() -> None:
+    cell = in_paper(4)
+    everything = cell.shape.layers * cell.shape.experts
+    few, many, everywhere = (
+        hybrimoe_in_its_engine(replace(cell, slots=slots)) for slots in (everything // 10, everything // 2, everything)
+    )
+    assert few < many < everywhere
+    # the card alone: an expert's constant each; the CPU can take some of them
+    active = 4 * cell.shape.top_k
+    assert everywhere > cell.batch / (cell.shape.layers * active * CONSTANTS[cell.model].device + 1)
 
 
 def test_the_report_takes_its_place() -> None:

@@ -60,6 +60,7 @@ CONTESTANTS = (
 )
 NAMES = tuple(each.name for each in CONTESTANTS)
 ORACLE, HYBRIMOE = "oracle", "hybrimoe"
-KNOWING = (ORACLE, "oracle-next")
+NEXT = "oracle-next"
+KNOWING = (ORACLE, NEXT)
 OURS = ("ours-never", "ours-popularity", "ours-predictor")
 STATICS = ("static", "static-offload32", "n-cpu-moe", "fiddler")  # whose placement never changes

@@ -1,15 +1,24 @@
 """The goal lines: ours against HybriMoE and the oracle at the paper's setting, and against every static placement.
 
+HybriMoE stands there twice: as a rule in our engine, which the goal is about, and as the paper's constants have its
+engine (rule_times.py), which says what programs differ by.
+
 "Ours" of a cell is the predictor's figure, or popularity's where that is faster: both run in the product, and its gate
 takes the faster one. The figures are simulated, so a goal that is met here is met in simulation.
 """
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from statistics import geometric_mean
 
-from benchmarks.legacy_servers.contestants import HYBRIMOE, KNOWING, OURS, STATICS
-from benchmarks.legacy_servers.settings import PAPER_BATCHES, PAPER_SERVER, PAPER_WEIGHTS
+from benchmarks.legacy_servers.contestants import HYBRIMOE, KNOWING, NEXT, OURS, STATICS
+from benchmarks.legacy_servers.published import CONSTANTS
+from benchmarks.legacy_servers.rule_times import step_time
+from benchmarks.legacy_servers.settings import PAPER_BATCHES, PAPER_SERVER, PAPER_WEIGHTS, Cell
 from benchmarks.legacy_servers.simulated import Outcome
+from benchmarks.servers.routing import generate
+from moe_offload.scheduling.policies import plan_greedy
+from moe_offload.transfer.server_profile import find_profile
 
 TIMES_HYBRIMOE = 2.0
 OF_ORACLE = 0.90
@@ -45,12 +54,17 @@ def in_paper(outcome: Outcome) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class PaperGoal:
-    """One cell of the paper's setting. The goal is `TIMES_HYBRIMOE` where the oracle reaches that, else `OF_ORACLE`."""
+    """One cell of the paper's setting. The goal is `TIMES_HYBRIMOE` where the oracle reaches that, else `OF_ORACLE`.
+    over_its_engine: ours over HybriMoE's rule at the paper's constants. of_next: ours over an oracle that knows every
+    layer's next call, or over ours where that is faster.
+    """
 
     cell: str
     over_hybrimoe: float
     of_oracle: float
     reachable: bool
+    over_its_engine: float
+    of_next: float
 
     @property
     def met(self) -> bool:
@@ -79,21 +93,32 @@ class Goals:
 
     def lines(self) -> list[str]:
         """For people."""
-        return [self._paper_line(), self._static_line()]
+        return [self._paper_line(), *self._engine_line(), self._static_line()]
 
     def _paper_line(self) -> str:
         if not self.paper:
             return "goal at the paper's setting: no cell of it was run"
         met, twice = sum(goal.met for goal in self.paper), sum(g.over_hybrimoe >= TIMES_HYBRIMOE for g in self.paper)
         gains = [goal.over_hybrimoe for goal in self.paper]
-        shares = [goal.of_oracle for goal in self.paper]
+        shares, next_shares = ([getattr(goal, name) for goal in self.paper] for name in ("of_oracle", "of_next"))
         verdict = "met" if met == len(gains) else "MISSED"
         return (
             f"goal at the paper's setting (V100, bf16, batch 4 to 64), simulated: {verdict},"
             f" {met} of {len(gains)} cells: at least {TIMES_HYBRIMOE:g}x HybriMoE in {twice} (least {min(gains):.2f}x,"
             f" most {max(gains):.2f}x), else at least {OF_ORACLE:.0%} of the oracle (least {min(shares):.1%}, mean"
-            f" {sum(shares) / len(shares):.1%})"
+            f" {sum(shares) / len(shares):.1%}); of an oracle that knows every layer's next call: least"
+            f" {min(next_shares):.1%}, mean {sum(next_shares) / len(next_shares):.1%}"
         )
+
+    def _engine_line(self) -> list[str]:
+        if not self.paper:
+            return []
+        gains = [goal.over_its_engine for goal in self.paper]
+        return [
+            f"the same cells against HybriMoE's rule in an engine by the paper's constants, simulated: at least"
+            f" {TIMES_HYBRIMOE:g}x in {sum(gain >= TIMES_HYBRIMOE for gain in gains)} of {len(gains)} cells (least"
+            f" {min(gains):.2f}x, geometric mean {geometric_mean(gains):.2f}x, most {max(gains):.1f}x)"
+        ]
 
     def _static_line(self) -> str:
         if not self.cells:
@@ -114,6 +139,17 @@ class Goals:
         }  # fmt: skip
 
 
+def hybrimoe_in_its_engine(cell: Cell) -> float:
+    """Tokens per second of its rule by the paper's constants, link, card and CPU at once."""
+    shape, steps = cell.shape, cell.steps
+    choices = generate(shape, cell.batch, steps.total)
+    found = step_time(
+        find_profile(cell.server), shape, CONSTANTS[cell.model], plan_greedy, choices, steps.seen + steps.warm,
+        cell.slots,
+    )  # fmt: skip
+    return cell.batch / found.at_once
+
+
 def goals_of(outcomes: Sequence[Outcome]) -> Goals:
     """Of all cells that were run."""
     paper, below, slightly = [], [], 0
@@ -121,7 +157,12 @@ def goals_of(outcomes: Sequence[Outcome]) -> Goals:
         speed, hybrimoe, most = ours(outcome), outcome.speeds[HYBRIMOE], oracle(outcome)
         if in_paper(outcome):
             reachable = most >= TIMES_HYBRIMOE * hybrimoe
-            paper.append(PaperGoal(outcome.cell.key, round(speed / hybrimoe, 4), round(speed / most, 4), reachable))
+            engine = round(speed / hybrimoe_in_its_engine(outcome.cell), 4)
+            goal = PaperGoal(
+                outcome.cell.key, round(speed / hybrimoe, 4), round(speed / most, 4), reachable, engine,
+                round(speed / max(speed, outcome.speeds[NEXT]), 4),
+            )  # fmt: skip
+            paper.append(goal)
         name, static = best_static(outcome)
         ratio = speed / static
         if ratio < 1 - EQUAL:

@@ -19,9 +19,15 @@ BATCHES = (1, 4, 16, 64)
 PAPER_BATCHES = (1, 4, 8, 16, 32, 64)
 OTHER_BATCHES = (1, 16)
 CACHES = (0.10, 0.35, 0.70)
+# What is known before the first step that is run: a part of a prompt (the paper's have 512 tokens), or of what was
+# written since. With fewer, the forecast's want of history weighs more than what policies do with it.
+_SEEN = 96
 # More tokens in a step, fewer steps.
-_STEPS = {1: Steps(32, 8, 16), 4: Steps(32, 6, 5), 8: Steps(24, 5, 4), 16: Steps(24, 5, 4), 32: Steps(16, 4, 3)}
-_MANY = Steps(16, 3, 2)
+_STEPS = {
+    1: Steps(_SEEN, 8, 16), 4: Steps(_SEEN, 6, 5), 8: Steps(_SEEN, 5, 4), 16: Steps(_SEEN, 5, 4),
+    32: Steps(_SEEN, 4, 3),
+}  # fmt: skip
+_MANY = Steps(_SEEN, 3, 2)
 SMOKE_STEPS = Steps(3, 2, 2)
 
 
