@@ -228,14 +228,14 @@ def attach(model: nn.Module, team: Team) -> tuple[LatentAttention, ...]:
     shared = SharedKernels(PlainObserver(), team, None)
     made = []
     known: dict[tuple[Any, ...], bool] = {}  # one module of each kind is tried: unpacking weights takes its time
+    module: Any
     for module in model.modules():
         if not compat.only_attends_to_what_it_expands(type(module)):
             continue
-        config: Any = module.config
-        implementation = _former(config._attn_implementation)
+        implementation = _former(module.config._attn_implementation)
         if implementation not in NAMES:
             continue
-        handle = LatentAttention(module, _OtherName(config, implementation), shared)
+        handle = LatentAttention(module, _OtherName(module.config, implementation), shared)
         weight = module.kv_b_proj.weight
         kind = type(module), weight.shape, weight.dtype, module.qk_nope_head_dim, module.v_head_dim
         if kind not in known:
