@@ -22,6 +22,7 @@ from moe_offload import latent_attention
 
 CONTEXTS = (128, 1024, 4096, 16384)
 ROUNDS = 5
+SMALL = dict(hidden_size=256, intermediate_size=256, moe_intermediate_size=128, n_routed_experts=8, kv_lora_rank=64)
 _SLOW = 4096  # from so many positions on one step a round is enough: expanded, it takes hundreds of milliseconds
 
 
@@ -55,7 +56,9 @@ def main(
     transformers.utils.logging.disable_progress_bar()
     work_dir.mkdir(parents=True, exist_ok=True)
     progress("checkpoint")
-    checkpoint = make_deepseek(work_dir, 2 if smoke else LAYERS["deepseek"])
+    checkpoint = (
+        make_deepseek(work_dir, 2, "small-deepseek", **SMALL) if smoke else make_deepseek(work_dir, LAYERS["deepseek"])
+    )
     model: Any = moe_offload.load(checkpoint, weights="int4", device="cpu", pack_dir=work_dir / "packs")
     layers = model.config.num_hidden_layers
     table = Table(
