@@ -66,16 +66,21 @@ class ExpertFormat:
 
 
 class ColdExperts:
-    """Copies of one random expert in huge pages: `mib` of memory, from which every call takes others."""
+    """Copies of one random expert: `mib` of memory, from which every call takes others.
 
-    def __init__(self, stored: ExpertFormat, hidden: int, inner: int, mib: int, seed: int = 0) -> None:
+    huge_pages: to show the kernels' best. False: pages as those of a mapped file, where a model's experts lie.
+    """
+
+    def __init__(
+        self, stored: ExpertFormat, hidden: int, inner: int, mib: int, seed: int = 0, *, huge_pages: bool = True
+    ) -> None:
         self.format, self.hidden, self.inner = stored, hidden, inner
         self.record = stored.record(hidden, inner)
         self.count = max(2 * ACTIVE, mib * 2**20 // self.record.nbytes)
         self._rng = np.random.default_rng(seed)
         memory = mmap.mmap(-1, self.count * self.record.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            memory.madvise(mmap.MADV_HUGEPAGE)
+            memory.madvise(mmap.MADV_HUGEPAGE if huge_pages else mmap.MADV_NOHUGEPAGE)
         self.memory: NDArray[np.uint8] = np.frombuffer(memory, np.uint8).reshape(self.count, self.record.nbytes)
         self.memory[:] = random_expert(self.record, self._rng)
         starts = self.memory.ctypes.data + np.arange(self.count) * self.record.nbytes

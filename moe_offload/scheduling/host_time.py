@@ -71,7 +71,7 @@ class HostTime:
         `b` shows only where the device is what is waited for. Where it seems much slower than a balance with the CPU
         no cheap trial is left, and what is believed of `b` would stay as it is: now and then a dear one has to be made.
         """
-        return _DEARER[self._turns < _EXPLORED or self._turns // _EXPLORED % _BOLD == 0]
+        return _DEARER[self._turns // _EXPLORED % _BOLD == 0]
 
     def begin(self, tokens: int) -> None:
         """A step of so many tokens: what lies between layers depends on it."""
