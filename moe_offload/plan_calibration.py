@@ -1,10 +1,10 @@
 """What this machine's CPU takes for a model's experts and for what lies around them: measured in a second or two.
 
-Experts in memory that no cache holds, in pages as those of a mapped file (with huge ones, as `bench_cpu` has them, large
-experts are read a tenth faster), in the model's own shape and number; linears likewise;
-torch's products; and the bundled demo model, which has hardly any weights, so that a step of it is what the program
-itself takes. All in rounds, medians of which are kept in the user's cache folder, under the machine's name and what was
-measured. `measure` takes them anew.
+Experts in memory that no cache holds, in the model's own shape and number, and in pages as those of a mapped file (with
+huge ones, as `bench_cpu` has them, large experts are read a tenth faster); linears likewise; torch's products; and the
+bundled demo model, which has hardly any weights, so that a step of it is what the program itself takes. All in rounds,
+medians of which are kept in the user's cache folder, under the machine's name and what was measured. `measure` takes
+them anew.
 """
 
 import hashlib
