@@ -32,6 +32,7 @@ from moe_offload.cpu_kernels.team import Team
 from moe_offload.decode_modules import WEIGHT_TYPES
 from moe_offload.device_attention import PlainObserver, SharedKernels, is_plain_step, stored_array
 from moe_offload.models import compat
+from moe_offload.models.packed_linear import PackedLinear
 
 NAME = "moe_offload_latent"
 HANDLE = "_moe_offload_latent"
@@ -83,7 +84,7 @@ class LatentAttention:
     def __call__(
         self, query: torch.Tensor, latent: torch.Tensor, rope: torch.Tensor, mask: torch.Tensor | None, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if is_plain_step(query, latent, rope, kwargs):
+        if is_plain_step(query, latent, rope, kwargs) and _is_plain_linear(self.module.kv_b_proj):
             found = self._step(query, latent, rope, mask, kwargs.get("scaling"))
             if found is not None:
                 self.steps += 1
@@ -178,6 +179,14 @@ class LatentAttention:
         return keys_half, values_half
 
 
+def _is_plain_linear(linear: Any) -> bool:
+    """Whether its weight says what it does: no adapter in its place, nobody listening, nothing elsewhere."""
+    if type(linear) not in (nn.Linear, PackedLinear) or hasattr(linear, "_hf_hook"):
+        return False
+    listening = linear._forward_hooks or linear._forward_pre_hooks
+    return linear.bias is None and not listening and linear.weight.device.type != "meta"
+
+
 def _former(name: str) -> str:
     """The implementation that a name of ours stands for."""
     return next((former for former, ours in NAMES.items() if ours == name), name)
@@ -233,7 +242,7 @@ def attach(model: nn.Module, team: Team) -> tuple[LatentAttention, ...]:
         if not compat.only_attends_to_what_it_expands(type(module)):
             continue
         implementation = _former(module.config._attn_implementation)
-        if implementation not in NAMES:
+        if implementation not in NAMES or not _is_plain_linear(module.kv_b_proj):
             continue
         handle = LatentAttention(module, _OtherName(module.config, implementation), shared)
         weight = module.kv_b_proj.weight

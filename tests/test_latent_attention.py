@@ -177,6 +177,30 @@ def test_what_the_kernel_does_not_know_is_expanded(checkpoint: Checkpoints) -> N
     model.offload.close()
 
 
+def test_adapters_and_hooks_are_heard(checkpoint: Checkpoints) -> None:
+    class Adapter(torch.nn.Linear):
+        """Computes more than its weight says."""
+
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return 3 * super().forward(input)
+
+    model: Any = moe_offload.load(checkpoint("deepseek_v2"), device="cpu")
+    found = handles(model)
+    heard: list[int] = []
+    projection = found[1].module.kv_b_proj
+    removable = found[0].module.kv_b_proj.register_forward_hook(lambda *_: heard.append(1))
+    adapter = Adapter(projection.in_features, projection.out_features, bias=False)
+    adapter.weight = projection.weight
+    found[1].module.kv_b_proj = adapter
+    ours = logits(model, prompts())
+    assert [handle.steps for handle in found] == [0, 0, 7] and len(heard) == 8
+    removable.remove()
+    latent_attention.detach(model)
+    assert difference(ours, logits(model, prompts())) < TOLERANCE
+    assert len(latent_attention.attach(model, model.offload.team)) == 2
+    model.offload.close()
+
+
 def test_copies_have_their_own(checkpoint: Checkpoints) -> None:
     model: Any = moe_offload.load(checkpoint("deepseek_v2"), device="cpu")
     other = copy.deepcopy(model)
