@@ -22,6 +22,7 @@ from moe_offload import latent_attention
 
 CONTEXTS = (128, 1024, 4096, 16384)
 ROUNDS = 5
+NAMES = {"latents": "moe_offload", "expanded": "transformers"}  # in the result
 SMALL = dict(hidden_size=256, intermediate_size=256, moe_intermediate_size=128, n_routed_experts=8, kv_lora_rank=64)
 _SLOW = 4096  # from so many positions on one step a round is enough: expanded, it takes hundreds of milliseconds
 
@@ -79,9 +80,8 @@ def main(
             table.add_row(
                 str(context), f"{1e3 * ours / layers:.2f}", f"{1e3 * theirs / layers:.2f}", f"{theirs / ours:.2f}x"
             )
-            found.append(
-                {"context": context, "ratio": theirs / ours} | {way: spread(each) for way, each in times.items()}
-            )
+            spreads = {name: {"seconds": spread(times[way])} for way, name in NAMES.items()}
+            found.append({"context": context, "ratio_to": {"transformers": theirs / ours}, **spreads})
     finally:
         threads = model.offload.threads
         model.offload.close()

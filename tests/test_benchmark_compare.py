@@ -69,7 +69,7 @@ PLANTED = [
     ("cpu_experts", ("tiers", "native", "formats", "bf16", 0, "us"), 1.4),
     ("accuracy", ("rows", 3, "perplexity"), 1.2),
     ("first_use", ("tiers", "native", "int4", "compile_s"), 1.5),
-    ("peers", ("rows", "int4", "tests", "pp128", "tokens_per_s", "moe_offload"), 0.3),
+    ("peers_qwen3_4", ("rows", "int4", "tests", "pp128", "tokens_per_s", "moe_offload"), 0.3),
     ("predictor_cost", ("cells", 0, "predict_us"), 2.0),
     ("planner", ("planning_us", "64"), 2.0),
     ("kv_share", ("cells", 2, "ours", "saved"), 0.8),

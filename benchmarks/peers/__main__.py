@@ -72,7 +72,9 @@ def main(
         console.print(text, soft_wrap=True, markup=False)
     if not smoke:
         common = {"layers": layers, "rounds": rounds, "threads": threads, "bf16_noise": bench.noise, "commit": commit()}
-        save(shape, {name: {**common, "read_limit_gb_per_s": limits[name], **one} for name, one in found.items()})
+        save(
+            shape, layers, {name: {**common, "read_limit_gb_per_s": limits[name], **one} for name, one in found.items()}
+        )
 
 
 def add_budget(found: dict[str, Any], budget: Budget, bench: Bench, rounds: int) -> list[str]:
@@ -91,9 +93,9 @@ def add_budget(found: dict[str, Any], budget: Budget, bench: Bench, rounds: int)
     return notes
 
 
-def save(shape: str, rows: dict[str, Any]) -> None:
+def save(shape: str, layers: int, rows: dict[str, Any]) -> None:
     """Write these rows; others that this machine and these versions wrote before stay beside them."""
-    name = "peers" if shape == "qwen3" else f"peers_{shape}"
+    name = f"peers_{shape}_{layers}"
     try:
         before = json.loads((RESULTS / f"{name}.json").read_text())
     except FileNotFoundError:
