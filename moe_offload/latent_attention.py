@@ -165,8 +165,10 @@ class LatentAttention:
         linear = module.kv_b_proj
         packed = getattr(linear, "packed", None)
         weight = linear.weight
-        version = 0 if packed is not None or weight.is_inference() else weight._version
-        key = (weight if packed is None else packed, version, weight.dtype, like.device)
+        plain = packed is None
+        version = weight._version if plain and not weight.is_inference() else 0
+        # the address too: what is assigned to `data` has no version of its own
+        key = (weight if plain else packed, version, weight.data_ptr() if plain else 0, weight.dtype, like.device)
         known = self._halves
         if known is not None and known[0][0] is key[0] and known[0][1:] == key[1:]:
             return known[1], known[2]

@@ -96,12 +96,17 @@ def test_packed_projections_are_unpacked_once(tmp_path: Path) -> None:
     model.offload.close()
 
 
-def test_changed_weights_are_read_again(checkpoint: Checkpoints) -> None:
+@pytest.mark.parametrize("assigned", [False, True])
+def test_changed_weights_are_read_again(assigned: bool, checkpoint: Checkpoints) -> None:
     model: Any = moe_offload.load(checkpoint("deepseek_v2"), device="cpu")
     before = logits(model, prompts())
     with torch.no_grad():
         for handle in handles(model):
-            handle.module.kv_b_proj.weight.mul_(-2.0)
+            weight = handle.module.kv_b_proj.weight
+            if assigned:
+                weight.data = -2.0 * weight.data
+            else:
+                weight.mul_(-2.0)
     ours = logits(model, prompts())
     assert difference(ours, before) > 100 * TOLERANCE
     latent_attention.detach(model)
