@@ -16,10 +16,11 @@ from rich.table import Table
 from transformers import DynamicCache
 
 import moe_offload
-from benchmarks.plan_check import LAYERS, make_deepseek
+from benchmarks.deepseek_checkpoint import make_deepseek
 from benchmarks.reporting import WORK, progress, spread, wide_console, write_result
 from moe_offload import latent_attention
 
+LAYERS = 4
 CONTEXTS = (128, 1024, 4096, 16384)
 ROUNDS = 5
 NAMES = {"latents": "moe_offload", "expanded": "transformers"}  # in the result
@@ -57,9 +58,7 @@ def main(
     transformers.utils.logging.disable_progress_bar()
     work_dir.mkdir(parents=True, exist_ok=True)
     progress("checkpoint")
-    checkpoint = (
-        make_deepseek(work_dir, 2, "small-deepseek", **SMALL) if smoke else make_deepseek(work_dir, LAYERS["deepseek"])
-    )
+    checkpoint = make_deepseek(work_dir, 2, "small-deepseek", **SMALL) if smoke else make_deepseek(work_dir, LAYERS)
     model: Any = moe_offload.load(checkpoint, weights="int4", device="cpu", pack_dir=work_dir / "packs")
     layers = model.config.num_hidden_layers
     table = Table(

@@ -198,21 +198,17 @@ def keeps_what_the_cache_returns(attention: type[nn.Module]) -> str:
     later layers: both compute with them where the module is, wherever the cache is. Read from the source of `forward`,
     since names tell nothing.
     """
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(attention.forward))))
-    except (OSError, SyntaxError):
+    nodes = _nodes_of_forward(attention)
+    if nodes is None:
         return "the source of its forward is not there to be read"
-    nodes = list(ast.walk(tree))
-    updates = [n for n in nodes if isinstance(n, ast.Assign) and _called(n.value).endswith(".update")]
-    calls = [n for n in nodes if isinstance(n, ast.Call) and _called(n) == "attention_interface"]
-    if len(updates) != 1 or len(calls) != 1 or not isinstance(updates[0].targets[0], ast.Tuple):
+    made = _made_by(nodes, lambda call: call.endswith(".update"))
+    if made is None:
         return "it does not use its cache in the usual way"
-    returned = [ast.unparse(target) for target in updates[0].targets[0].elts]
-    end = updates[0].end_lineno or 0
-    later = [n for n in nodes if isinstance(n, ast.Name) and n.id in returned and n.lineno > end]
-    if returned != [ast.unparse(argument) for argument in calls[0].args[2:4]] or len(later) != 2:
-        return "it computes with what its cache returns (MLA, keys that layers share)"
-    return ""
+    return (
+        ""
+        if _only_attended_to(nodes, made)
+        else "it computes with what its cache returns (MLA, keys that layers share)"
+    )
 
 
 def caches_latents(attention: type[nn.Module]) -> bool:
@@ -229,18 +225,37 @@ def only_attends_to_what_it_expands(attention: type[nn.Module]) -> bool:
     """
     if not caches_latents(attention) or not attention.__module__.startswith("transformers.models."):
         return False
+    nodes = _nodes_of_forward(attention) or []
+    made = _made_by(nodes, lambda call: call == "self.expand_kv")
+    return made is not None and _only_attended_to(nodes, made)
+
+
+def _nodes_of_forward(attention: type[nn.Module]) -> list[ast.AST] | None:
+    """Of its source, decorators looked through; None where there is none."""
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(attention.forward))))
+        return list(ast.walk(ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(attention.forward))))))
     except (OSError, SyntaxError):
-        return False
-    nodes = list(ast.walk(tree))
-    made = [n for n in nodes if isinstance(n, ast.Assign) and _called(n.value) == "self.expand_kv"]
-    calls = [n for n in nodes if isinstance(n, ast.Call) and _called(n) == "attention_interface"]
-    if len(made) != 1 or len(calls) != 1 or not isinstance(made[0].targets[0], ast.Tuple):
-        return False
-    names = [ast.unparse(target) for target in made[0].targets[0].elts]
-    later = [n for n in nodes if isinstance(n, ast.Name) and n.id in names and n.lineno > (made[0].end_lineno or 0)]
-    return names == [ast.unparse(argument) for argument in calls[0].args[2:4]] and len(later) == 2
+        return None
+
+
+def _made_by(nodes: list[ast.AST], is_it: Callable[[str], bool]) -> ast.Assign | None:
+    """The one assignment of a tuple from such a call, in a forward with one call of the attention function."""
+    made = [n for n in nodes if isinstance(n, ast.Assign) and is_it(_called(n.value))]
+    usual = len(made) == 1 and len(_attention_calls(nodes)) == 1 and isinstance(made[0].targets[0], ast.Tuple)
+    return made[0] if usual else None
+
+
+def _only_attended_to(nodes: list[ast.AST], made: ast.Assign) -> bool:
+    """Whether both names that are assigned go to the attention function as keys and values, and nowhere else."""
+    (call,), (target,) = _attention_calls(nodes), made.targets
+    assert isinstance(target, ast.Tuple)
+    names = [ast.unparse(each) for each in target.elts]
+    later = [n for n in nodes if isinstance(n, ast.Name) and n.id in names and n.lineno > (made.end_lineno or 0)]
+    return names == [ast.unparse(argument) for argument in call.args[2:4]] and len(later) == 2
+
+
+def _attention_calls(nodes: list[ast.AST]) -> list[ast.Call]:
+    return [n for n in nodes if isinstance(n, ast.Call) and _called(n) == "attention_interface"]
 
 
 def _called(node: ast.AST) -> str:

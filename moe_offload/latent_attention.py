@@ -98,6 +98,8 @@ class LatentAttention:
         scaling: float | None,
     ) -> torch.Tensor | None:  # fmt: skip
         """[B, 1, H, Dv] of queries [B, H, 1, Dn + Dr]; None for a mask that is not known here."""
+        if not self._knows(query, latent, mask):
+            return None
         query = query[:, :, 0].detach()
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         keys_half, values_half = self.halves(query)
@@ -106,24 +108,26 @@ class LatentAttention:
         inner = torch.bmm(keys_half, nope.to(compute).permute(1, 2, 0)).permute(2, 0, 1)  # [B, H, R]
         attend = self._on_cpu if query.device.type == "cpu" else self._on_device
         summed = attend(inner, rotated, latent, rope, mask, scale)
-        if summed is None:
-            return None
         out = torch.bmm(values_half, summed.to(compute).permute(1, 2, 0))  # [H, Dv, B]
         return out.permute(2, 0, 1)[:, None].to(query.dtype)
+
+    def _knows(self, query: torch.Tensor, latent: torch.Tensor, mask: torch.Tensor | None) -> bool:
+        """On the CPU masks without holes, on a device all that are the same for all heads."""
+        length = latent.shape[2]
+        if query.device.type == "cpu":
+            return self.shared.starts(mask, len(query), length) is not None
+        return mask is None or (mask.dim() == 4 and mask.shape[1:3] == (1, 1) and mask.shape[3] >= length)
 
     def _on_cpu(
         self, inner: torch.Tensor, rotated: torch.Tensor, latent: torch.Tensor, rope: torch.Tensor,
         mask: torch.Tensor | None, scale: float,
-    ) -> torch.Tensor | None:  # fmt: skip
+    ) -> torch.Tensor:  # fmt: skip
         """[B, H, R] f32 by our kernel, which reads every position once for up to 16 heads."""
         batch, heads, rank = inner.shape
         length = latent.shape[2]
-        starts = self.shared.starts(mask, batch, length)
-        if starts is None:
-            return None
-        keys = torch.cat((latent, rope), dim=-1).detach()
-        groups = -(-heads // _GROUP) if heads % -(-heads // _GROUP) == 0 else heads
-        keys = keys.expand(-1, groups, -1, -1)
+        groups = -(-heads // _GROUP)
+        groups = groups if heads % groups == 0 else heads
+        keys = torch.cat((latent, rope), dim=-1).detach().expand(-1, groups, -1, -1)
         bf16 = keys.dtype == torch.bfloat16
         kernel = self.shared.kernel(
             AttentionShape(
@@ -136,7 +140,7 @@ class LatentAttention:
         out = torch.empty((batch, heads, rank), dtype=torch.float32)
         kernel(
             queries.numpy(), stored_array(keys), stored_array(keys[..., :rank]), np.full(batch, length, np.int64),
-            out.numpy(), self.shared.team, starts=starts,
+            out.numpy(), self.shared.team, starts=self.shared.starts(mask, batch, length),
         )  # fmt: skip
         return out
 
@@ -144,11 +148,9 @@ class LatentAttention:
     def _on_device(
         inner: torch.Tensor, rotated: torch.Tensor, latent: torch.Tensor, rope: torch.Tensor,
         mask: torch.Tensor | None, scale: float,
-    ) -> torch.Tensor | None:  # fmt: skip
+    ) -> torch.Tensor:  # fmt: skip
         """[B, H, R] by torch's products. Queries are scaled before them: scores of float16 must not overflow."""
         latent, rope, length = latent[:, 0], rope[:, 0], latent.shape[2]
-        if mask is not None and (mask.dim() != 4 or mask.shape[1:3] != (1, 1) or mask.shape[3] < length):
-            return None
         scores = torch.bmm(inner * scale, latent.transpose(1, 2)) + torch.bmm(rotated * scale, rope.transpose(1, 2))
         scores = scores.float()
         if mask is not None:
@@ -161,18 +163,18 @@ class LatentAttention:
         """kv_b_proj as [H, R, Dn] and [H, Dv, R]: on a device views, on the CPU copies in f32, which torch multiplies
         well on every one; made anew when the weights have changed.
         """
-        module = self.module
-        linear = module.kv_b_proj
-        packed = getattr(linear, "packed", None)
-        weight = linear.weight
-        plain = packed is None
-        version = weight._version if plain and not weight.is_inference() else 0
-        # the address too: what is assigned to `data` has no version of its own
-        key = (weight if plain else packed, version, weight.data_ptr() if plain else 0, weight.dtype, like.device)
+        module, linear = self.module, self.module.kv_b_proj
+        key: tuple[Any, ...]
+        if isinstance(linear, PackedLinear):  # whose `weight` is a new tensor every time
+            key = linear.packed, linear.dtype, like.device
+        else:
+            weight = linear.weight
+            # the address too: what is assigned to `data` has no version of its own
+            key = weight, weight.dtype, like.device, 0 if weight.is_inference() else weight._version, weight.data_ptr()
         known = self._halves
         if known is not None and known[0][0] is key[0] and known[0][1:] == key[1:]:
             return known[1], known[2]
-        whole = (weight if packed is None else packed.unpack(linear._like)).detach().to(like.device)
+        whole = linear.weight.detach().to(like.device)
         both = whole.view(like.shape[1], -1, linear.in_features).split([module.qk_nope_head_dim, module.v_head_dim], 1)
         keys_half, values_half = both[0].transpose(1, 2), both[1]
         if like.device.type == "cpu":
@@ -185,8 +187,9 @@ def _is_plain_linear(linear: Any) -> bool:
     """Whether its weight says what it does: no adapter in its place, nobody listening, nothing elsewhere."""
     if type(linear) not in (nn.Linear, PackedLinear) or hasattr(linear, "_hf_hook"):
         return False
-    listening = linear._forward_hooks or linear._forward_pre_hooks
-    return linear.bias is None and not listening and linear.weight.device.type != "meta"
+    if linear.bias is not None or linear._forward_hooks or linear._forward_pre_hooks:
+        return False
+    return isinstance(linear, PackedLinear) or linear.weight.device.type != "meta"
 
 
 def _former(name: str) -> str:

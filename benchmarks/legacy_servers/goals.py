@@ -100,7 +100,8 @@ class Goals:
             return "goal at the paper's setting: no cell of it was run"
         met, twice = sum(goal.met for goal in self.paper), sum(g.over_hybrimoe >= TIMES_HYBRIMOE for g in self.paper)
         gains = [goal.over_hybrimoe for goal in self.paper]
-        shares, next_shares = ([getattr(goal, name) for goal in self.paper] for name in ("of_oracle", "of_next"))
+        shares = [goal.of_oracle for goal in self.paper]
+        next_shares = [goal.of_next for goal in self.paper]
         verdict = "met" if met == len(gains) else "MISSED"
         return (
             f"goal at the paper's setting (V100, bf16, batch 4 to 64), simulated: {verdict},"
