@@ -12,7 +12,7 @@ from moe_offload.bench_model import ModelBench, Test, require_context
 from moe_offload.bench_progress import RunProgress
 from moe_offload.bench_table import OUTPUTS, Facts, print_results, written
 from moe_offload.bench_text import RandomTokens, RealText, Tokens, standard_library
-from moe_offload.loading import read_config
+from moe_offload.loading import read_config, require_experts
 from moe_offload.models.errors import CheckpointError, MoeOffloadError, OptionError
 from moe_offload.models.spec import MoeSpec
 from moe_offload.opening import ModelOptions, OpenedModel, find_folder, import_libraries
@@ -90,6 +90,7 @@ def bench(options: ModelOptions, wishes: BenchWishes) -> int:
     tests = wishes.tests()
     folder = find_folder(options)
     if not any(path for pattern in _WEIGHTS for path in folder.glob(pattern)):
+        require_experts(folder)
         raise CheckpointError(
             f"{folder} has no weights (*.safetensors), and bench runs the model: put them there; moe-offload plan "
             "tells from config.json alone how fast it will be"

@@ -16,7 +16,7 @@ from moe_offload.device_dtype import dtype_for_device
 from moe_offload.model_folder import find_model
 from moe_offload.models.checkpoint import Checkpoint
 from moe_offload.models.errors import CheckpointError, MoeOffloadError, first_line
-from moe_offload.models.spec import model_class
+from moe_offload.models.spec import MoeSpec, model_class
 from moe_offload.options import Activations, Dense, Progress, Weights
 
 logger = logging.getLogger(__name__)
@@ -140,6 +140,11 @@ def read_config(folder: Path) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(folder)
     except Exception as error:  # a configuration's own checks raise whatever they like
         raise CheckpointError(f"{path} is not a configuration transformers accepts: {first_line(error)}") from error
+
+
+def require_experts(folder: Path) -> None:
+    """Raise what `load` would for the configuration alone, a dense model for one: before something less is said."""
+    MoeSpec.from_hf(read_config(folder))
 
 
 def _refuse_incomplete(folder: Path, model: PreTrainedModel, info: dict[str, Any]) -> None:

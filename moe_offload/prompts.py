@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
+from moe_offload.loading import require_experts
 from moe_offload.models.errors import CheckpointError, OptionError
 
 _TOKENIZER_FILES = (
@@ -20,8 +21,11 @@ Message = dict[str, str]
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in `folder`. Raises CheckpointError when there is none, or a damaged one."""
+    """The tokenizer in `folder`. Raises CheckpointError when there is none, or a damaged one, and as `load` where the
+    model itself is what is wrong.
+    """
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        require_experts(folder)
         raise CheckpointError(
             f"{folder} has no tokenizer (tokenizer.json or tokenizer.model): copy the one of the original model there"
         )

@@ -349,3 +349,15 @@ def test_unknown_command(fails: Callable[..., str]) -> None:
 
 def test_missing_argument(fails: Callable[..., str]) -> None:
     assert "MODEL" in fails("generate", "-p", "hi")
+
+
+@pytest.mark.parametrize("command", [("generate", "-p", "x"), ("bench",), ("verify",), ("plan",), ("info",)])
+def test_a_dense_model_is_called_one_whatever_else_is_missing(
+    command: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "num_hidden_layers": 2}
+    sizes = {"intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 100}
+    (tmp_path / "config.json").write_text(json.dumps(config | sizes))
+    assert main([command[0], str(tmp_path), *command[1:]]) != 0
+    said = capsys.readouterr().err
+    assert said.startswith("error: 'llama' is a dense model") and said.count("\n") == 1
